@@ -1,0 +1,1 @@
+"""jaxpt: pre-training of text models in JAX, every published objective through one sharded train step."""
