@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxpt.corruption.rows import row_keys
 from jaxpt.optimizer import restore_frozen, trainable
 from jaxpt.sharding import constrain_rows
 from jaxpt.types import Array, Batch, Example, Guard, Key, Objective, Out, Params, Snapshot, Sums, TrainState, Tree
@@ -40,11 +41,6 @@ class Measured(NamedTuple):
 def seed_key(seed: int, purpose: str) -> Key:
     """Return the key of one purpose of a run; purposes never share random numbers."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
-
-
-def row_keys(key: Key, row_ids: Array) -> Array:
-    """Return one key per row: ``fold_in(key, row_id)``."""
-    return jax.vmap(lambda row: jax.random.fold_in(key, row))(row_ids)
 
 
 def make_example(objective: Objective, snapshot: Snapshot, batch: Batch, key: Key) -> Example:

@@ -7,8 +7,9 @@ import numpy as np
 import optax
 import pytest
 
+from jaxpt.corruption.rows import row_keys
 from jaxpt.optimizer import OptimizerConfig, make_optimizer
-from jaxpt.step import batch_gradient, initial_state, make_example, make_train_step, row_keys, split_rows, watch
+from jaxpt.step import batch_gradient, initial_state, make_example, make_train_step, split_rows, watch
 from jaxpt.types import FROZEN, Batch, Example, Guard, Objective, Out, ParamSpec, RowSpec, Snapshot
 
 ROWS, LENGTH, WIDTH = 8, 6, 4

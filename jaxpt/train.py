@@ -1,0 +1,365 @@
+"""The spine: mesh, data, objective, optimizer, state, step, metrics, evaluation, checkpoint - top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from jaxpt import config as configuration
+from jaxpt.checkpoint import Checkpoints, Preemption
+from jaxpt.config import BUILT_IN, RunConfig, parse_source, resolve_phases
+from jaxpt.data.build import BuildConfig, build
+from jaxpt.data.pipeline import Phase, Pipeline, Source, check_continues, held_out
+from jaxpt.evaluate import evaluate
+from jaxpt.metrics import Meter, MetricsWriter, matmul_flops, peak_flops
+from jaxpt.optimizer import assign_groups, learning_rate_schedule, make_optimizer
+from jaxpt.sharding import MeshConfig, check_rows, local_rows, make_mesh, put_batch, state_shardings
+from jaxpt.step import Measured, initial_state, make_eval_step, make_example, make_train_step
+from jaxpt.types import Batch, Example, Objective, RowSpec, Snapshot, Sums, TrainState, Tree, Vocab
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+def data_folder(name: str, vocab_size: int) -> str:
+    """Return the folder of a data set; a built-in corpus is built there first, once per Python and package set.
+
+    Args:
+      name: a folder that ``jaxpt data build`` made, or "prose" or "code".
+      vocab_size: of the tokenizer that is trained for a built-in corpus.
+    """
+    if name not in BUILT_IN:
+        return name
+    root = Path(os.environ.get("JAXPT_CACHE", "~/.cache/jaxpt")).expanduser()
+    # the text differs between versions of what it is read from
+    versions = [f"{package}{importlib.metadata.version(package)}" for package in ("jax", "numpy", "scipy")]
+    folder = root / "-".join([name, str(vocab_size), f"python{platform.python_version()}", *versions])
+    if jax.process_index() == 0:
+        build(BuildConfig(out=str(folder), corpus=name, vocab_size=vocab_size))
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("built-in corpus")
+    return str(folder)
+
+
+def open_sources(entries: tuple[str, ...], vocab_size: int) -> tuple[Source, ...]:
+    """Return data entries ("PATH" or "PATH=WEIGHT") as sources, with built-in corpora built."""
+    parsed = [parse_source(entry) for entry in entries]
+    return tuple(Source(data_folder(path, vocab_size), weight) for path, weight in parsed)
+
+
+def open_phases(config: RunConfig) -> tuple[Phase, ...]:
+    """Return the phases of a run, with built-in corpora built."""
+    phases = []
+    for phase in resolve_phases(config):
+        assert phase.data and phase.seq_len and phase.batch_size  # resolved
+        sources = open_sources(phase.data, config.vocab_size)
+        phases.append(Phase(phase.from_step, sources, phase.seq_len, phase.batch_size))
+    return tuple(phases)
+
+
+def training_batches(pipeline: Pipeline, start: int, stop: int, mesh: Mesh) -> Iterator[Batch]:
+    """Yield the global batches of some steps on the devices; each process reads its own rows."""
+    for step, batch in enumerate(pipeline.batches(start, stop, lambda size: local_rows(size, mesh)), start):
+        size = pipeline.phase_at(step).batch_size
+        yield put_batch(batch, local_rows(size, mesh), size, mesh)
+
+
+def held_out_batches(
+    sources: tuple[Source, ...], spec: RowSpec, length: int, batch_size: int, limit: int | None, mesh: Mesh
+) -> Iterator[Batch]:
+    """Yield the held-out rows of some sources on the devices, in batches of one shape."""
+    rows = local_rows(batch_size, mesh)
+    for batch in held_out(sources, spec, length, batch_size, limit, rows_slice=rows):
+        yield put_batch(batch, rows, batch_size, mesh)
+
+
+# ----------------------------------------------------------------------------------------- what a run is made of
+
+
+class Parts(NamedTuple):
+    """What a configuration and a tokenizer make on a mesh; no array is allocated."""
+
+    objective: Objective
+    judge: Objective  # the same objective as it is evaluated
+    specs: Tree  # of ParamSpec, with groups assigned
+    optimizer: Any
+    abstract: TrainState  # shapes, dtypes and shardings
+    shardings: TrainState
+    born: Callable[[], TrainState]  # the state before the first step, sharded from birth
+
+
+def make_parts(config: RunConfig, vocab: Vocab, mesh: Mesh) -> Parts:
+    """Return objective, optimizer and the shape of the state."""
+    objective = config.objective.build(vocab)
+    judge = config.objective.for_evaluation().build(vocab)
+    shapes = jax.eval_shape(objective.init, jax.random.key(0))
+    specs = assign_groups(config.optimizer, objective.specs)
+    optimizer = make_optimizer(config.optimizer, specs, shapes, config.steps)
+
+    def first_state() -> TrainState:
+        return initial_state(objective, optimizer, specs, seed=config.seed, averaging=config.optimizer.averaging)
+
+    abstract = jax.eval_shape(first_state)
+    shardings = state_shardings(abstract, specs, shapes, mesh)
+    placed = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+    )
+    born = jax.jit(first_state, out_shardings=shardings)
+    return Parts(objective, judge, specs, optimizer, placed, shardings, born)
+
+
+def describe(config: RunConfig, parts: Parts, phases: tuple[Phase, ...], mesh: Mesh) -> str:
+    """Return what is about to run, for the person who started it."""
+    count = sum(leaf.size for leaf in jax.tree.leaves(parts.abstract.params))
+    sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "no axis split"
+    device = jax.devices()[0].device_kind
+    return (
+        f"{type(config.objective).__name__}, {count / 1e6:.1f} M parameters; "
+        f"{mesh.size} x {device} ({sizes}), {jax.process_count()} process(es); {config.steps} steps of "
+        f"{phases[0].batch_size} rows x {phases[0].length} tokens, {config.microbatches} microbatch(es); "
+        f"out {config.out}"
+    )
+
+
+def step_flops(parts: Parts, row: Batch, batch_size: int) -> float:
+    """Return the useful matrix FLOPs of one step: what corruption needs, and three times the forward pass.
+
+    Args:
+      parts: whose objective is measured.
+      row: one row of a batch, for its shapes.
+      batch_size: rows of the global batch.
+    """
+    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((batch_size, *leaf.shape[1:]), leaf.dtype), row)
+    state = parts.abstract
+
+    def corrupt(state: TrainState, batch: Batch) -> Example:
+        snapshot = Snapshot(state.params, state.carry, state.step)
+        return make_example(parts.objective, snapshot, batch, jax.random.key(0))
+
+    def both(state: TrainState, batch: Batch) -> Sums:
+        return make_eval_step(parts.objective, seed=0)(state.params, state.carry, state.step, batch)
+
+    return 3 * matmul_flops(both, state, batch) - 2 * matmul_flops(corrupt, state, batch)
+
+
+@contextlib.contextmanager
+def run_directory(config: RunConfig) -> Iterator[tuple[Path, RunConfig | None]]:
+    """Open, or make, the run directory for this run alone; yield it with the configuration found there."""
+    assert config.out is not None, "the command line gives every run its directory"
+    path = Path(config.out)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"out: {path} is a file: name a directory for the run")
+    saved = path / "config.json"
+    if path.is_dir() and not saved.exists() and any(entry.name != ".lock" for entry in path.iterdir()):
+        raise ValueError(f"out: {path} holds other files and is not a run directory: name another one with --out")
+    path.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as closing:
+        if jax.process_index() == 0:
+            lock = closing.enter_context((path / ".lock").open("w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another process trains in {path}: wait for it, or name another --out") from None
+        old = configuration.load(saved, configuration.config_types(config)) if saved.exists() else None
+        yield path, old
+
+
+def check_resume(old: RunConfig | None, config: RunConfig, before: dict, now: dict, step: int) -> None:
+    """Raise ValueError where a run cannot go on as it is configured.
+
+    Args:
+      old, config: the configuration found in the run directory and the one asked for.
+      before, now: ``Pipeline.fingerprint`` of the checkpoint and of the data as they are.
+      step: the restored step.
+    """
+    differences = configuration.resume_differences(old, config, step) if old else []
+    if differences:
+        shown = "".join(f"\n  {line}" for line in differences)
+        raise ValueError(
+            f"the run in {config.out} cannot be resumed with other settings:{shown}\n"
+            f"Take them back, or start a run of its own: --out ANOTHER --init-from {config.out}"
+        )
+    check_continues(before, now, step)
+    if step >= config.steps:
+        raise ValueError(
+            f"the run in {config.out} is finished at step {step}: raise --steps to go on, or name another --out"
+        )
+
+
+# -------------------------------------------------------------------------------------------------- training
+
+
+def train(config: RunConfig) -> int:
+    """Train a run from its first step, or from its newest sound checkpoint, to its last.
+
+    Args:
+      config: a configuration with ``out`` set.
+
+    Returns:
+      The exit code: 0 when the run is finished, ``preemption_exit_code`` after a SIGTERM, 1 when it kept failing.
+
+    Raises:
+      ValueError: configuration, data, mesh and run directory do not go together.
+    """
+    configuration.validate(config)
+    first = jax.process_index() == 0
+
+    # ---------------------------------------------------------------------------------------- mesh, data
+    mesh = make_mesh(config.mesh)
+    phases = open_phases(config)
+    for phase in phases:
+        check_rows(phase.batch_size, config.microbatches, mesh)
+
+    with jax.set_mesh(mesh), run_directory(config) as (folder, old), contextlib.ExitStack() as closing:
+        # ---------------------------------------------------------------------- objective, optimizer, state
+        parts = make_parts(config, Pipeline(phases, RowSpec(), config.seed).vocab, mesh)
+        pipeline = Pipeline(phases, parts.objective.rows, config.seed)
+        fingerprint = pipeline.fingerprint()
+        store = closing.enter_context(Checkpoints(folder / "checkpoints", keep=config.keep, keep_best=config.keep_best))
+        notes = [describe(config, parts, phases, mesh)]
+        if store.latest is not None:
+            restored = store.restore(parts.abstract)
+            check_resume(old, config, restored.metadata["data"], fingerprint, restored.step)
+            state: TrainState = restored.state
+            start = restored.step
+            notes += [f"refused checkpoint: {problem}" for problem in restored.refused] + [f"resuming at step {start}"]
+        else:
+            check_resume(old, config, fingerprint, fingerprint, 0)
+            state, start = parts.born(), 0
+            if config.init_from:
+                taken = Checkpoints(Path(config.init_from) / "checkpoints").restore_into(state.params)
+                averaged = None if state.averaged is None else jax.tree.map(lambda leaf: leaf.copy(), taken.params)
+                state = state._replace(params=taken.params, averaged=averaged)
+                notes.append(f"took {len(taken.taken)} parameters of {config.init_from}, step {taken.step}")
+                notes += [f"  not taken: {each}" for each in taken.left]
+        if first:
+            configuration.save(config, folder / "config.json")
+
+        # ---------------------------------------------------------------------- step, evaluation, metrics
+        settings = {"seed": config.seed, "microbatches": config.microbatches, "spike_factor": config.spike_factor}
+        settings["averaging"] = config.optimizer.averaging
+        step_function = make_train_step(parts.objective, parts.optimizer, parts.specs, **settings)
+        train_step = jax.jit(step_function, donate_argnums=0, out_shardings=(parts.shardings, None))
+        eval_step = jax.jit(make_eval_step(parts.judge, seed=config.seed))
+        rate = learning_rate_schedule(config.optimizer, config.steps)
+        writer = closing.enter_context(MetricsWriter(folder, config.steps, resume_step=start or None, write=first))
+        for note in notes:
+            writer.say(note)
+        preemption = closing.enter_context(Preemption())
+        flops = step_flops(parts, pipeline.batch(start, slice(1)), pipeline.phase_at(start).batch_size)
+        meter = Meter(flops, peak_flops(), writer.seconds)
+
+        def report(step: int, measured: Measured) -> int:
+            """Read a step's measurements, write its line when one is due; return how many were skipped in a row."""
+            values = jax.device_get(measured)
+            guard = values.guard
+            meter.step(float(values.tokens))
+            if step % config.log_every == 0 or step == config.steps:
+                updates = int(guard.applied) - int(values.ok)  # before this one
+                line = {"loss": values.loss, **values.metrics, "learning_rate": np.asarray(rate(updates)).item()}
+                line |= {"grad_norm": values.grad_norm, "skipped_steps": int(guard.skipped), **meter.read()}
+                writer.train(step, line)
+            return int(guard.failing)
+
+        def judge(step: int, state: TrainState) -> float:
+            """Evaluate on held-out data, write the line and return the loss."""
+            phase = pipeline.phase_at(step - 1)
+            batches = held_out_batches(
+                phase.sources, parts.judge.rows, phase.length, phase.batch_size, config.eval_rows, mesh
+            )
+            params = state.params if state.averaged is None else state.averaged
+            with meter.paused():
+                metrics = evaluate(parts.judge, eval_step, params, state.carry, state.step, batches)
+            writer.evaluation(step, metrics)
+            return metrics["loss"]
+
+        # ------------------------------------------------------------------------------------- the loop
+        batches = training_batches(pipeline, start, config.steps, mesh)
+        pending: tuple[int, Measured] | None = None
+        for step in range(start + 1, config.steps + 1):
+            with meter.waiting():
+                batch = next(batches)
+            state, measured = train_step(state, batch)
+            # the step before is read while this one runs: the device never waits for the host
+            failing = report(*pending) if pending else 0
+            pending = (step, measured)
+            stop = preemption.requested(step)
+            due = step == config.steps or (config.eval_every > 0 and step % config.eval_every == 0)
+            save = step == config.steps or stop or step % config.checkpoint_every == 0
+            if due or save:
+                failing, pending = report(*pending), None
+            if failing >= config.max_failing:
+                writer.say(
+                    f"stopped at step {step}: {failing} steps in a row had a gradient that is not finite or far too "
+                    f"large; the last good checkpoint is {store.latest}. Lower --optimizer.learning-rate, raise "
+                    f"--optimizer.warmup-steps, or look at the data there."
+                )
+                return 1
+            loss = judge(step, state) if due else None
+            if save:
+                metadata = {"config": configuration.to_json(config), "data": fingerprint}
+                with meter.paused():
+                    store.save(step, state, metadata, loss)
+            if stop and step < config.steps:
+                store.wait()
+                writer.say(f"asked to stop: saved step {step}; the same command goes on from there")
+                return config.preemption_exit_code
+        store.wait()
+        return 0
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+
+def evaluate_run(
+    run: str,
+    *,
+    data: tuple[str, ...] | None = None,
+    step: int | None = None,
+    rows: int | None = None,
+    batch_size: int | None = None,
+    known: tuple[type, ...] = (),
+) -> dict[str, float]:
+    """Return the metrics of a run's checkpoint on held-out data.
+
+    Args:
+      run: the run directory.
+      data: data folders; the run's own (of the phase the step belongs to) by default.
+      step: the checkpoint; the newest sound one by default.
+      rows: rows of held-out data; all of them by default.
+      batch_size: rows per batch; the run's own by default.
+      known: configuration types that are not jaxpt's.
+
+    Raises:
+      ValueError: there is no such run or checkpoint, or the data have another tokenizer.
+    """
+    config = configuration.load(Path(run) / "config.json", known)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
+    phases = open_phases(config)
+    with jax.set_mesh(mesh), Checkpoints(Path(run) / "checkpoints") as store:
+        vocab = Pipeline(phases, RowSpec(), config.seed).vocab
+        parts = make_parts(config, vocab, mesh)
+        averaged = config.optimizer.averaging > 0
+        which = "latest" if step is None else step
+        restored = store.restore_params(parts.abstract.params, which, averaged=averaged)
+        phase = [phase for phase in phases if phase.from_step < max(restored.step, 1)][-1]
+        sources = open_sources(data, config.vocab_size) if data else phase.sources
+        if data:  # the same tokenizer, or the numbers mean nothing
+            Pipeline([Phase(0, (*phase.sources, *sources), phase.length, 1)], RowSpec(), 0)
+        size = batch_size or phase.batch_size
+        check_rows(size, 1, mesh)
+        carry = parts.judge.start(restored.state, jax.random.key(config.seed)) if parts.judge.start else {}
+        batches = held_out_batches(sources, parts.judge.rows, phase.length, size, rows, mesh)
+        eval_step = jax.jit(make_eval_step(parts.judge, seed=config.seed))
+        metrics = evaluate(parts.judge, eval_step, restored.state, carry, jax.numpy.int32(restored.step), batches)
+        return {"step": restored.step, **metrics}

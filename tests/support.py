@@ -1,0 +1,82 @@
+"""What several suites share: a tiny vocabulary, rows of packed documents, and any configuration at a tiny size."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from jaxpt.models.config import TransformerConfig
+from jaxpt.types import Batch, RowSpec, Vocab
+
+SPECIALS = 7  # pad unk bos eos cls sep mask
+
+
+def tiny_vocab(size: int = 61, sentinels: int = 4) -> Vocab:
+    """Specials first, sentinels last, and every third word piece continues a word."""
+    is_special = np.zeros(size, bool)
+    is_special[:SPECIALS] = True
+    is_special[size - sentinels :] = True
+    starts_word = (np.arange(size) % 3 != 0) | is_special
+    counts = np.where(is_special, 0, 1000 // (1 + np.arange(size)))
+    last = tuple(range(size - 1, size - 1 - sentinels, -1))
+    return Vocab(
+        size=size, pad=0, unk=1, bos=2, eos=3, cls=4, sep=5, mask=6, sentinels=last,
+        is_special=is_special, starts_word=starts_word, unigram_counts=counts.astype(np.int64),
+        token_bytes=np.where(is_special, 0, 1 + np.arange(size) % 5).astype(np.int32),
+    )  # fmt: skip
+
+
+def packed_batch(rows: RowSpec, vocab: Vocab, length: int = 24, size: int = 8, seed: int = 0) -> Batch:
+    """Rows of two or three packed documents and some padding, with the objective's own prefix and suffix."""
+    rng = np.random.default_rng(seed)
+    width = rows.tokens(length)
+    arrays = {name: np.zeros((size, width), np.int32) for name in ("tokens", "segments", "positions", "sentences")}
+    arrays["tokens"][:] = vocab.pad
+    ordinary = np.flatnonzero(~vocab.is_special)
+    for row in range(size):
+        begin = 0
+        for document in range(1 if rows.packing == "one_document" else 3):
+            room = width - begin - len(rows.prefix) - len(rows.suffix)
+            words = min(room, int(rng.integers(5, 10)))
+            if words < 2:
+                break
+            text = [*rows.prefix, *rng.choice(ordinary, words), *rows.suffix]
+            end = begin + len(text)
+            arrays["tokens"][row, begin:end] = text
+            arrays["segments"][row, begin:end] = document + 1
+            arrays["positions"][row, begin:end] = np.arange(len(text))
+            arrays["sentences"][row, begin:end] = np.arange(len(text)) // 4
+            begin = end
+    ids = np.arange(size, dtype=np.uint32)
+    return Batch(
+        arrays["tokens"], arrays["segments"], arrays["positions"], arrays["sentences"], ids,
+        np.zeros(size, np.int32), np.ones(size, np.float32),
+    )  # fmt: skip
+
+
+def tiny(value: Any) -> Any:
+    """The same configuration with every network at two narrow layers; all other settings as they are."""
+    if isinstance(value, TransformerConfig):
+        heads = 2 if value.groups < value.heads or value.heads > 1 else 1
+        return dataclasses.replace(
+            value,
+            depth=2,
+            width=16,
+            heads=heads,
+            kv_heads=1 if value.groups < value.heads else None,
+            head_width=None,
+            mlp_width=32,
+            embed_width=8 if value.embedding != value.width else None,
+            max_length=max(64, min(value.max_length, 64)),
+            window=None if value.window is None else 4,
+            dtype="float32",
+        )
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(
+            value, **{field.name: tiny(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
+        )
+    if isinstance(value, tuple):
+        return tuple(tiny(entry) for entry in value)
+    return value
