@@ -52,8 +52,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     known = math.prod(size for size in sizes if size != -1)
     if len(devices) % known or (-1 not in sizes and known != len(devices)):
         raise ValueError(
-            f"mesh {shown} needs a multiple of {known} devices, and there are {len(devices)}: change --mesh.* so that the product is {len(devices)} "
-            f"(-1 takes what is left)"
+            f"mesh {shown} needs a multiple of {known} devices, and there are {len(devices)}: "
+            f"change --mesh.* so that the product is {len(devices)} (-1 takes what is left)"
         )
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)

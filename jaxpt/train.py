@@ -215,6 +215,7 @@ def train(config: RunConfig) -> int:
     first = jax.process_index() == 0
 
     # ---------------------------------------------------------------------------------------- mesh, data
+    peak = peak_flops()  # before the mesh is set: it may measure on one device
     mesh = make_mesh(config.mesh)
     phases = open_phases(config)
     for phase in phases:
@@ -257,7 +258,7 @@ def train(config: RunConfig) -> int:
             writer.say(note)
         preemption = closing.enter_context(Preemption())
         flops = step_flops(parts, pipeline.batch(start, slice(1)), pipeline.phase_at(start).batch_size)
-        meter = Meter(flops, peak_flops(), writer.seconds)
+        meter = Meter(flops, peak, writer.seconds)
 
         def report(step: int, measured: Measured) -> int:
             """Read a step's measurements, write its line when one is due; return how many were skipped in a row."""

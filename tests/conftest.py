@@ -1,16 +1,27 @@
-"""Eight virtual CPU devices for every test, before any backend starts."""
+"""Eight virtual CPU devices for every test, cheap compilation, and one compilation cache for the whole session."""
 
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests compile far more than they compute: leave out most of LLVM's work. Set before the backend starts.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import pytest
 
+CACHE = "JAXPT_TEST_CACHE"  # set by the first process, inherited by the workers of pytest-xdist
+
 jax.config.update("jax_num_cpu_devices", 8)
 
 
-@pytest.fixture(scope="session")
-def shared_tmp(tmp_path_factory: pytest.TempPathFactory):
-    """A folder that lives as long as the session (one per xdist worker)."""
-    return tmp_path_factory.mktemp("shared")
+def pytest_configure(config: pytest.Config) -> None:
+    """Share compiled programs among tests and workers; nothing is left behind."""
+    if CACHE not in os.environ:
+        folder = tempfile.mkdtemp(prefix="jaxpt-test-cache-")
+        os.environ[CACHE] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,0 +1,217 @@
+"""The trunk, end to end on tiny models: metrics, resume, other meshes, refusals, evaluation, transfer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxpt import train as trunk
+from jaxpt.config import RunConfig
+from jaxpt.data.build import BuildConfig, build
+from jaxpt.models.config import TransformerConfig
+from jaxpt.objectives import CausalLM, MaskedLM
+from jaxpt.optimizer import OptimizerConfig
+from jaxpt.sharding import MeshConfig
+from jaxpt.train import evaluate_run, train
+
+pytestmark = pytest.mark.xdist_group("train")  # one folder of data, one set of compilations
+
+CLOCK = {"tokens_per_second", "mfu", "data_wait", "seconds"}
+NETWORK = TransformerConfig(depth=2, width=32, heads=2, max_length=64, dropout=0.1, layers="unroll")
+NAMES = ("cat", "dog", "owl", "fox", "hen", "bee", "ant", "elk")
+VERBS = ("sees", "likes", "hears", "finds", "meets", "helps")
+
+
+def texts(seed: int, documents: int) -> str:
+    rng = random.Random(seed)
+    sentence = lambda: f"The {rng.choice(NAMES)} {rng.choice(VERBS)} the {rng.choice(NAMES)}."  # noqa: E731
+    return "".join(" ".join(sentence() for _ in range(rng.randint(2, 9))) + "\n" for _ in range(documents))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text.txt").write_text(texts(0, 400))
+    out = folder / "built"
+    build(BuildConfig(out=str(out), input=(str(folder / "text.txt"),), document="line", model="byte", validation=0.1))
+    return str(out)
+
+
+def config_of(data: str, out: Path, **changes) -> RunConfig:
+    optimizer = OptimizerConfig(learning_rate=3e-3, warmup_steps=4, schedule="linear", averaging=0.9)
+    settings = {
+        "objective": MaskedLM(encoder=NETWORK),
+        "data": (data,),
+        "steps": 12,
+        "batch_size": 8,
+        "seq_len": 64,
+        "mesh": MeshConfig(data=1, fsdp=4, tensor=2),
+        "optimizer": optimizer,
+        "log_every": 1,
+        "eval_every": 6,
+        "eval_rows": 13,
+        "checkpoint_every": 5,
+        "out": str(out),
+    }
+    return RunConfig(**settings | changes)
+
+
+def lines(out: Path, evaluations: bool = True) -> list[dict]:
+    kept = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    kept = [{name: value for name, value in line.items() if name not in CLOCK} for line in kept]
+    return kept if evaluations else [line for line in kept if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def finished(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One uninterrupted run on eight devices."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert train(config_of(data, out)) == 0
+    return out
+
+
+class StopAt:
+    """A SIGTERM that arrives during a given step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def __call__(self) -> StopAt:
+        return self
+
+    def __enter__(self) -> StopAt:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def requested(self, step: int) -> bool:
+        return step == self.step
+
+
+def test_a_run_directory_holds_what_it_should(finished: Path):
+    assert {path.name for path in finished.iterdir()} >= {"config.json", "metrics.jsonl", "checkpoints", "loss.png"}
+    assert any((finished / "tensorboard").iterdir())
+    training = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    first, evaluation = training[0], next(line for line in training if "eval/loss" in line)
+    wanted = {"step", "loss", "loss/mlm", "accuracy", "learning_rate", "grad_norm", "skipped_steps"} | CLOCK
+    assert wanted <= set(first)
+    assert {"eval/loss", "eval/perplexity", "eval/accuracy", "eval/unigram_loss"} <= set(evaluation)
+    assert [line["step"] for line in training if "loss" in line] == list(range(1, 13))
+    assert [line["step"] for line in training if "eval/loss" in line] == [6, 12]
+    steps = {int(path.name) for path in (finished / "checkpoints").iterdir() if path.name.isdigit()}
+    assert steps == {10, 12}
+    assert abs(first["loss"] - np.log(first["loss"] and 363)) < 1.0  # about ln V
+    assert first["learning_rate"] == 0.0
+    assert training[3]["learning_rate"] == pytest.approx(3e-3 * 3 / 4)
+
+
+@pytest.mark.parametrize("stop", [3, 7])
+def test_resumed_digit_for_digit(finished: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int):
+    config = config_of(data, tmp_path / "run", preemption_exit_code=75)
+    monkeypatch.setattr(trunk, "Preemption", StopAt(stop))
+    assert train(config) == 75
+    monkeypatch.undo()
+    assert lines(tmp_path / "run")[-1]["step"] == stop
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "loss": 3')  # what a kill leaves
+    assert train(config) == 0
+    assert lines(tmp_path / "run") == lines(finished)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "microbatches"), [(MeshConfig(data=8), 1), (MeshConfig(data=1, fsdp=2, tensor=4), 2)], ids=str
+)
+def test_other_meshes_and_microbatches_agree(
+    finished: Path, data: str, tmp_path: Path, mesh: MeshConfig, microbatches: int
+):
+    assert train(config_of(data, tmp_path / "run", mesh=mesh, microbatches=microbatches)) == 0
+    want, got = lines(finished), lines(tmp_path / "run")
+    for a, b in zip(want, got, strict=True):
+        assert a.keys() == b.keys()
+        key = "loss" if "loss" in a else "eval/loss"
+        assert b[key] == pytest.approx(a[key], rel=1e-5)
+
+
+def test_resumes_on_another_mesh(finished: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = config_of(data, tmp_path / "run")
+    monkeypatch.setattr(trunk, "Preemption", StopAt(6))
+    train(config)
+    monkeypatch.undo()
+    assert train(dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=4), microbatches=1)) == 0
+    want, got = lines(finished, evaluations=False), lines(tmp_path / "run", evaluations=False)
+    assert got[:6] == want[:6]
+    np.testing.assert_allclose([line["loss"] for line in got], [line["loss"] for line in want], rtol=1e-5)
+
+
+def test_evaluate_gives_what_training_gave(finished: Path):
+    last = lines(finished)[-1]
+    metrics = evaluate_run(str(finished), rows=13)
+    assert metrics.pop("step") == 12
+    for name, value in metrics.items():
+        assert value == pytest.approx(last[f"eval/{name}"], rel=1e-5), name
+    assert evaluate_run(str(finished), rows=13, step=10)["loss"] != metrics["loss"]
+    with pytest.raises(ValueError, match="not the directory of a run"):
+        evaluate_run(str(finished.parent))
+
+
+def test_refusals(finished: Path, data: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"finished at step 12: raise --steps"):
+        train(config_of(data, finished))
+    changed = config_of(data, finished, steps=14, objective=MaskedLM(encoder=NETWORK, rate=0.3))
+    with pytest.raises(ValueError, match=r"objective.rate: 0.15 in the run, 0.3 now"):
+        train(changed)
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds other files and is not a run directory"):
+        train(config_of(data, tmp_path))
+    with pytest.raises(ValueError, match="make it a multiple of"):
+        train(config_of(data, tmp_path / "run", batch_size=6))
+    with pytest.raises(ValueError, match="is not a run directory"):
+        train(config_of(data, tmp_path / "run", init_from=str(tmp_path)))
+
+
+def test_a_finished_run_goes_on_with_more_steps(finished: Path, data: str, tmp_path: Path):
+    import shutil
+
+    shutil.copytree(finished, tmp_path / "run")
+    assert train(config_of(data, tmp_path / "run", steps=14)) == 0
+    assert lines(tmp_path / "run")[-1]["step"] == 14
+
+
+def test_another_objective_starts_from_a_run(finished: Path, data: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    objective = MaskedLM(encoder=dataclasses.replace(NETWORK, mlp_width=48))
+    config = config_of(data, tmp_path / "run", objective=objective, steps=1, init_from=str(finished))
+    assert train(config) == 0
+    said = capsys.readouterr().out
+    assert f"of {finished}, step 12" in said
+    assert "not taken: encoder/layers/mlp/" in said
+    causal = config_of(data, tmp_path / "causal", objective=CausalLM(decoder=NETWORK), init_from=str(finished))
+    with pytest.raises(ValueError, match="decoder"):
+        train(causal)  # other names: not one parameter fits, and the message shows both sides
+
+
+def test_a_run_that_keeps_failing_stops(data: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    optimizer = OptimizerConfig(learning_rate=1e30, schedule="constant", clip_norm=None)
+    config = config_of(data, tmp_path / "run", optimizer=optimizer, max_failing=3, checkpoint_every=1, eval_every=0)
+    assert train(config) == 1
+    said = capsys.readouterr().out
+    assert "3 steps in a row had a gradient that is not finite" in said
+    assert "the last good checkpoint is" in said
+    assert lines(tmp_path / "run")[-1]["loss"] is None
+
+
+def test_causal_lm_learns_and_tells_bits_per_byte(data: str, tmp_path: Path):
+    objective = CausalLM(decoder=NETWORK, z_loss=1e-4)
+    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=5)
+    out = tmp_path / "run"
+    assert train(config_of(data, out, objective=objective, optimizer=optimizer, steps=60, log_every=10)) == 0
+    last = lines(out)[-1]
+    assert last["eval/loss"] < last["eval/unigram_loss"] - 0.5
+    # every scored byte is a token here, but for the EOS of each document
+    assert last["eval/bits_per_byte"] == pytest.approx(last["eval/loss"] / np.log(2), rel=0.1)
+    assert {"loss/lm", "loss/z_loss"} <= lines(out)[0].keys()
