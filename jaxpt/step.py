@@ -236,14 +236,14 @@ def initial_state(
     """Return the state before the first step; run it under jit with ``out_shardings``, so that it is born sharded."""
     params = objective.init(seed_key(seed, "params"))
     carry = objective.start(params, seed_key(seed, "carry")) if objective.start else {}
-    zero = jnp.zeros((), jnp.int32)
+    # every scalar is an array of its own: a buffer that stands twice in the state cannot be donated
     return TrainState(
-        step=zero,
+        step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(trainable(specs, params)),
         carry=carry,
         averaged=jax.tree.map(jnp.copy, params) if averaging else None,
-        guard=Guard(jnp.zeros((), jnp.float32), zero, zero, zero),
+        guard=Guard(jnp.zeros((), jnp.float32), *(jnp.zeros((), jnp.int32) for _ in range(3))),
     )
 
 

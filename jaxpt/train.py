@@ -238,7 +238,10 @@ def train(config: RunConfig) -> int:
             check_resume(old, config, fingerprint, fingerprint, 0)
             state, start = parts.born(), 0
             if config.init_from:
-                taken = Checkpoints(Path(config.init_from) / "checkpoints").restore_into(state.params)
+                if not (Path(config.init_from) / "config.json").exists():
+                    raise ValueError(f"init_from: {config.init_from} is not the directory of a run (no config.json)")
+                with Checkpoints(Path(config.init_from) / "checkpoints") as other:
+                    taken = other.restore_into(state.params)
                 averaged = None if state.averaged is None else jax.tree.map(lambda leaf: leaf.copy(), taken.params)
                 state = state._replace(params=taken.params, averaged=averaged)
                 notes.append(f"took {len(taken.taken)} parameters of {config.init_from}, step {taken.step}")

@@ -14,6 +14,8 @@ import pytest
 CACHE = "JAXPT_TEST_CACHE"  # set by the first process, inherited by the workers of pytest-xdist
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Programs with collectives that overlap on a few cores can starve each other of threads.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,0 +1,106 @@
+"""Reading rows: addresses become batches of packed tokens, ahead of the step and in the background."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import grain
+import numpy as np
+
+from jaxpt.data.manifest import Manifest
+from jaxpt.data.order import Address, Stream
+from jaxpt.data.packing import cut_piece, fill_rows
+from jaxpt.data.shards import Documents
+from jaxpt.types import Batch, RowSpec
+
+PREFETCHED = 8  # batches that wait in memory for the step
+
+
+class SourceReader:
+    """One source of one phase: its documents and the order of its rows."""
+
+    def __init__(self, manifest: Manifest, split: str, rows: RowSpec, length: int, key: tuple[int, int] | None):
+        self.length = rows.tokens(length)
+        if self.length < 1:
+            raise ValueError(
+                f"a row of length {length} keeps {self.length} tokens of text, since the objective reserves the rest: "
+                f"raise the sequence length"
+            )
+        self.documents = Documents(manifest, split, keep_above=self.length)
+        self.prefix, self.suffix = np.array(rows.prefix, np.int32), np.array(rows.suffix, np.int32)
+        added = len(rows.prefix) + len(rows.suffix)
+
+        def lengths(start: int, stop: int) -> np.ndarray:
+            found = self.documents.lengths(start, stop)
+            return np.where(found > 0, found + added, 0)
+
+        self.stream = Stream(len(self.documents), lengths, rows.packing, self.length, key)
+
+
+def read_batch(
+    readers: Sequence[SourceReader], wanted: Sequence[tuple[int, Address] | None], row_ids: np.ndarray, pad: int
+) -> Batch:
+    """Read and lay out some rows: `wanted` says the source and the address of each, None for a filler row."""
+    pieces: list[Any] = [()] * len(wanted)  # by row: its pieces
+    by_block = sorted((k, address.epoch, address.block, r, address.row) for r, (k, address) in _present(wanted))
+    for k, of_source in groupby(by_block, key=lambda item: item[0]):
+        reader = readers[k]
+        cuts = []  # (row of the batch, document, start, size)
+        for (_, epoch, block), rows in groupby(of_source, key=lambda item: item[:3]):
+            plan, first = reader.stream.plan(epoch, block), block * reader.stream.block_size
+            for _, _, _, r, row in rows:
+                of_row = slice(plan.row_starts[row], plan.row_starts[row + 1])
+                documents = (first + plan.documents[of_row].astype(np.int64)).tolist()
+                starts, sizes = plan.starts[of_row].tolist(), plan.lengths[of_row].tolist()
+                cuts.append((r, list(zip(documents, starts, sizes, strict=True))))
+        indices = sorted({document for _, cut in cuts for document, _, _ in cut})
+        texts = dict(zip(indices, reader.documents.read(indices), strict=True))
+        for r, cut in cuts:
+            pieces[r] = [cut_piece(texts[d], start, size, reader.prefix, reader.suffix) for d, start, size in cut]
+    row_P = np.repeat(np.arange(len(wanted)), [len(of_row) for of_row in pieces])
+    flat = [piece for of_row in pieces for piece in of_row]
+    tokens, segment_ids, positions, sentence_ids = fill_rows(len(wanted), readers[0].length, pad, row_P, flat)
+    arrays: dict[str, Any] = {
+        "tokens": tokens,
+        "segment_ids": segment_ids,
+        "positions": positions,
+        "sentence_ids": sentence_ids,
+        "row_ids": row_ids,
+        "source_ids": np.array([0 if item is None else item[0] for item in wanted], np.int32),
+        "valid": np.array([item is not None for item in wanted], np.float32),
+    }
+    return Batch(**arrays, extras={})
+
+
+def _present(wanted: Sequence[tuple[int, Address] | None]) -> Iterator[tuple[int, tuple[int, Address]]]:
+    return ((r, item) for r, item in enumerate(wanted) if item is not None)
+
+
+class _Steps:
+    """Steps as the records of a Grain data source: item i is the batch of step `start` + i."""
+
+    def __init__(self, read: Callable[[int], Batch], start: int, stop: int | None):
+        self._read, self._start = read, start
+        self._length = (1 << 62) if stop is None else max(stop - start, 0)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Batch:
+        return self._read(self._start + int(index))
+
+
+def read_ahead(read: Callable[[int], Batch], start: int, stop: int | None) -> Iterator[Batch]:
+    """One background thread, since the work is Python's; a few batches wait, so that a step does not."""
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCHED)
+    iterator = iter(grain.MapDataset.source(_Steps(read, start, stop)).to_iter_dataset(options))
+
+    def generate() -> Iterator[Batch]:
+        try:
+            yield from iterator
+        finally:
+            iterator.close()
+
+    return generate()

@@ -1,0 +1,249 @@
+"""Readers: from files of many formats to documents, naming what cannot be read.
+
+A piece is read in one pass and in bounded memory, and yields documents and problems in the order of the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import IO, Any, NamedTuple
+
+from etils import epath
+
+from jaxpt.data.files import DAMAGE, Piece, Unit, open_piece
+from jaxpt.data.sentences import Document, join_sentences
+
+LONGEST = 64 << 20  # bytes of a document read from a text file; a longer file is cut at line ends
+
+
+class Problem(NamedTuple):
+    """Something that was skipped: where in the file, the kind of problem (counted) and what exactly."""
+
+    where: str
+    reason: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+def read_piece(
+    piece: Piece, field: str = "text", unit: Unit = "file", progress: Callable[[int], Any] = lambda n: None
+) -> Iterator[Document | Problem]:
+    """Read the documents of a piece.
+
+    Args:
+      piece: what to read.
+      field: the field of JSON lines or the column of Parquet; dots descend ("meta.body"). A list of strings is
+        taken as the sentences of the document.
+      unit: what a document of a plain text file is.
+      progress: told the number of stored bytes as they are read.
+    """
+    found = piece.start > 0
+    try:
+        if piece.format == "parquet":
+            items = _read_parquet(piece, field, progress)
+        else:
+            items = _read_stream(piece, field, unit, progress)
+        for item in items:
+            found = True
+            yield item
+        if not found:
+            yield Problem("file", "empty file")
+    except PermissionError as error:
+        yield Problem("file", "not readable", str(error))
+
+
+def _read_stream(piece: Piece, field: str, unit: Unit, progress: Callable[[int], Any]) -> Iterator[Document | Problem]:
+    with open_piece(piece, progress) as stream:
+        if piece.format == "text" and unit == "file":
+            yield from _read_files(stream)
+        else:
+            yield from _read_lines(stream, piece, field, unit)
+
+
+def _read_files(stream: IO[bytes]) -> Iterator[Document | Problem]:
+    """The file as one document, or several where it is longer than LONGEST."""
+    position, rest = 0, b""
+    while True:
+        try:
+            block = rest + stream.read(LONGEST - len(rest))
+            more = stream.read(1)
+        except DAMAGE as error:
+            yield Problem(f"after byte {position}", "truncated or damaged archive", str(error))
+            return
+        cut = len(block)
+        if more:
+            cut = block.rfind(b"\n") + 1
+            if not cut:  # before the last character, which may be incomplete
+                cut = len(block) - 1
+                while cut > 1 and block[cut] & 0xC0 == 0x80:
+                    cut -= 1
+        yield _plain(block[:cut], position, f"byte {position}" if position else "file", bom=position == 0)
+        if not more:
+            return
+        position += cut
+        rest = block[cut:] + more
+
+
+def _plain(data: bytes, position: int, where: str, bom: bool) -> Document | Problem:
+    """A document from bytes that begin at `position`, or what is wrong with them."""
+    try:
+        text = data.decode("utf-8-sig" if bom else "utf-8")
+    except UnicodeDecodeError as error:
+        utf16 = bom and data[:2] in (b"\xff\xfe", b"\xfe\xff")
+        detail = f"0x{data[error.start]:02x} at byte {position + error.start}"
+        return Problem(where, "not UTF-8", "this looks like UTF-16" if utf16 else detail)
+    return check(Document(text.replace("\r\n", "\n")), where)
+
+
+def check(document: Document, where: str) -> Document | Problem:
+    """The document, unless it is empty or holds what UTF-8 cannot."""
+    if not document.text or document.text.isspace():
+        return Problem(where, "empty document")
+    try:
+        document.text.encode()
+    except UnicodeEncodeError as error:
+        return Problem(where, "not Unicode text", f"a lone surrogate at character {error.start}")
+    return document
+
+
+# --------------------------------------------------------- lines: JSON lines, FASTA, paragraphs, lines
+
+
+def _read_lines(stream: IO[bytes], piece: Piece, field: str, unit: Unit) -> Iterator[Document | Problem]:
+    """Line by line; only a newline ends a line (JSON records may hold U+2028)."""
+    kind = unit if piece.format == "text" else piece.format
+    begins = {"fasta": lambda line: line.startswith(b">"), "paragraph": lambda line: not line.strip()}.get(
+        kind, lambda line: True
+    )
+    last = ["the start"]
+
+    def lines() -> Iterator[tuple[str, int, bytes]]:
+        for number, position, line in _numbered(stream, piece, begins):
+            last[0] = f"line {number}" if number else f"byte {position}"
+            yield last[0], position, line
+
+    try:
+        if kind in ("fasta", "paragraph"):
+            yield from _blocks(lines(), kind == "fasta")
+            return
+        for where, position, line in lines():
+            if kind == "jsonl":
+                if line.strip():
+                    yield _json_document(line, position, where, field)
+            elif line.strip():
+                yield _plain(line.removesuffix(b"\n").removesuffix(b"\r"), position, where, bom=position == 0)
+    except DAMAGE as error:
+        yield Problem(f"after {last[0]}", "truncated or damaged archive", str(error))
+
+
+def _numbered(
+    stream: IO[bytes], piece: Piece, begins: Callable[[bytes], bool]
+) -> Iterator[tuple[int | None, int, bytes]]:
+    """(line number, byte position, line); numbers only where the file is read from its start.
+
+    A piece owns what begins at the first line at or after its start that `begins` a record, up to the first such
+    line at or after its end. Both neighbours apply the same rule, so nothing is lost or read twice.
+    """
+    position, number = 0, 0 if piece.start == 0 else None
+    inside = piece.start == 0
+    if piece.start:
+        stream.seek(piece.start - 1)
+        position = piece.start - 1 + len(stream.readline())
+    while line := stream.readline():
+        if number is not None:
+            number += 1
+        if piece.end is not None and position >= piece.end and begins(line):
+            return
+        inside = inside or begins(line)
+        if inside:
+            yield number, position, line
+        position += len(line)
+
+
+def _blocks(lines: Iterator[tuple[str, int, bytes]], fasta: bool) -> Iterator[Document | Problem]:
+    """FASTA records or paragraphs."""
+    where, start, block = "", 0, []
+    name = b""
+
+    def finish() -> Iterator[Document | Problem]:
+        if fasta and name:
+            data = b"".join(b"".join(line.split()) for line in block)
+            yield _plain(data, start, f"{where} {name.decode('utf-8', 'replace')}", bom=False)
+        elif not fasta and block:
+            yield _plain(b"".join(block).rstrip(b"\r\n"), start, where, bom=start == 0)
+        elif any(line.strip() for line in block):
+            yield Problem(where, "no FASTA header before the sequence")
+
+    for at, position, line in lines:
+        if line.startswith(b">") if fasta else not line.strip():
+            yield from finish()
+            where, start, block = at, position, []
+            name = line.split(maxsplit=1)[0][:80] if fasta else b""
+        elif not (fasta and line.startswith(b";")):
+            if not block and not name:
+                where, start = at, position
+            block.append(line)
+    yield from finish()
+
+
+def _json_document(line: bytes, position: int, where: str, field: str) -> Document | Problem:
+    try:
+        record = json.loads(line.decode("utf-8-sig" if position == 0 else "utf-8"))
+    except UnicodeDecodeError as error:
+        return Problem(where, "not UTF-8", f"0x{line[error.start]:02x} at byte {position + error.start}")
+    except (ValueError, RecursionError) as error:
+        return Problem(where, "not JSON", str(error))
+    return _from_record(record, field, where)
+
+
+def _from_record(record: Any, field: str, where: str) -> Document | Problem:
+    """The document in a record's field, as a string or a list of sentences."""
+    value = record
+    if isinstance(record, dict) and field in record:
+        value = record[field]
+    else:
+        for key in field.split("."):
+            if not isinstance(value, dict) or key not in value:
+                known = ", ".join(map(repr, record)) if isinstance(record, dict) else f"a {type(record).__name__}"
+                return Problem(where, f"no field {field!r}", f"there is {known[:200]}; choose with --field")
+            value = value[key]
+    if isinstance(value, str):
+        return check(Document(value), where)
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return check(join_sentences(value), where)
+    return Problem(where, f"field {field!r} is not text", f"it is a {type(value).__name__}")
+
+
+# ------------------------------------------------------------------------------------------- Parquet
+
+
+def _read_parquet(piece: Piece, field: str, progress: Callable[[int], Any]) -> Iterator[Document | Problem]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    where = "file"
+    try:
+        with epath.Path(piece.path).open("rb") as raw:
+            file = pq.ParquetFile(raw)
+            names = file.schema_arrow.names
+            column = field if field in names else field.split(".")[0]
+            if column not in names:
+                yield Problem("file", f"no field {field!r}", f"there is {', '.join(names)}; choose with --field")
+                return
+            end = file.num_row_groups if piece.end is None else piece.end
+            row = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
+            for group in range(piece.start, end):
+                for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=[column]):
+                    for record in batch.to_pylist():
+                        row += 1
+                        where = f"row {row}"
+                        if isinstance(record[column], bytes):
+                            yield _plain(record[column], 0, where, bom=False)
+                        else:
+                            yield _from_record(record, field, where)
+                progress(piece.size // max(file.num_row_groups, 1))
+    except (pa.ArrowException, OSError) as error:
+        yield Problem(f"after {where}", "truncated or damaged Parquet file", str(error).splitlines()[0])
