@@ -1,1 +1,1 @@
-"""TODO."""
+"""Networks: one Transformer for encoders, decoders and encoder-decoders, its heads and its published sizes."""

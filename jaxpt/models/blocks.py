@@ -1,0 +1,148 @@
+"""One layer of a Transformer: attention, perhaps cross-attention, MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from flax import nnx
+
+from jaxpt.models.attention import attend, rotate
+from jaxpt.models.config import TransformerConfig
+from jaxpt.models.layers import ACTIVATIONS, Dense, Norm, dropout, normal
+from jaxpt.models.params import Initializer, constrain
+from jaxpt.types import Array, AttentionPattern
+
+
+def kernel_init(config: TransformerConfig, inputs: int, *, residual: bool = False, factor: float = 1.0) -> Initializer:
+    """The initializer of a kernel with this many inputs."""
+    scale = config.init_scale * factor
+    if config.init == "fan_in":
+        scale *= inputs**-0.5
+    if residual and config.scale_residual_init:
+        scale *= (2 * config.depth) ** -0.5
+    return normal(scale, 2.0 if config.init == "truncated_normal" else None)
+
+
+def table_init(config: TransformerConfig) -> Initializer:
+    """The initializer of an embedding table."""
+    return normal(config.init_scale, 2.0 if config.init == "truncated_normal" else None)
+
+
+def config_norm(config: TransformerConfig, width: int) -> Norm:
+    """The norm that the configuration asks for."""
+    return Norm(config.norm, width, config.norm_epsilon, bias=config.norm_bias)
+
+
+# ------------------------------------------------------------------------------------------ layers
+
+
+class Sight(NamedTuple):
+    """What an attention sublayer needs to know besides its input."""
+
+    pattern: AttentionPattern
+    window: int | None = None
+    angles: tuple[Array, Array] | None = None  # rotary, of queries and keys alike
+    bias: Array | None = None  # [R, H, Q, L]
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with grouped queries."""
+
+    def __init__(self, config: TransformerConfig):
+        c = config
+        self.config = c
+        queries, keys = c.heads * c.head_dim, c.groups * c.head_dim
+        # T5 has no scale on the scores: it is in the first numbers of the queries instead.
+        factor = c.head_dim**-0.5 if c.init == "fan_in" and c.attention_scale == 1 else 1.0
+        self.query = Dense(
+            (c.width, queries), ("embed", "heads"), kernel_init(c, c.width, factor=factor), bias=c.qkv_bias
+        )
+        self.key = Dense((c.width, keys), ("embed", "kv_heads"), kernel_init(c, c.width), bias=c.qkv_bias)
+        self.value = Dense((c.width, keys), ("embed", "kv_heads"), kernel_init(c, c.width), bias=c.qkv_bias)
+        self.out = Dense(
+            (queries, c.width), ("heads", "embed"), kernel_init(c, queries, residual=True), bias=c.out_bias
+        )
+        self.query_norm = _norm_of_heads(c) if c.qk_norm else None
+        self.key_norm = _norm_of_heads(c) if c.qk_norm else None
+
+    def __call__(self, x: Array, memory: Array, sight: Sight, keys_R: Array | None, site: int) -> Array:
+        """[R, Q, D] from what asks, ``x`` [R, Q, D], and what is looked at, ``memory`` [R, L, D]."""
+        c = self.config
+        query_RQHC = self.query(x).reshape(*x.shape[:2], c.heads, c.head_dim)
+        key_RLGC = self.key(memory).reshape(*memory.shape[:2], c.groups, c.head_dim)
+        value_RLGC = self.value(memory).reshape(*memory.shape[:2], c.groups, c.head_dim)
+        if self.query_norm is not None and self.key_norm is not None:
+            query_RQHC, key_RLGC = self.query_norm(query_RQHC), self.key_norm(key_RLGC)
+        if sight.angles is not None:
+            query_RQHC, key_RLGC = rotate(query_RQHC, sight.angles), rotate(key_RLGC, sight.angles)
+        out_RQHC = attend(
+            query_RQHC,
+            key_RLGC,
+            value_RLGC,
+            sight.pattern,
+            scale=c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale,
+            window=sight.window,
+            bias=sight.bias,
+            dropout=None if keys_R is None else lambda w: dropout(w, keys_R, c.attention_dropout, site),
+        )
+        return self.out(out_RQHC.reshape(*x.shape[:2], c.heads * c.head_dim))
+
+
+def _norm_of_heads(config: TransformerConfig) -> Norm:
+    return Norm(config.norm, config.head_dim, config.norm_epsilon, bias=False)
+
+
+class MLP(nnx.Module):
+    """The feed-forward sublayer, gated or not (GLU variants: Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: TransformerConfig):
+        c = config
+        self.config = c
+        axes, init = ("embed", "mlp"), kernel_init(c, c.width)
+        self.up = Dense((c.width, c.hidden), axes, init, bias=c.mlp_bias)
+        self.gate = Dense((c.width, c.hidden), axes, init, bias=c.mlp_bias) if c.gated else None
+        down = kernel_init(c, c.hidden, residual=True)
+        self.down = Dense((c.hidden, c.width), ("mlp", "embed"), down, bias=c.mlp_bias)
+
+    def __call__(self, x: Array, keys_R: Array | None, site: int) -> Array:
+        """[R, L, D] from [R, L, D]."""
+        activation = ACTIVATIONS[self.config.activation]
+        if self.gate is None:
+            hidden_RLF = activation(self.up(x))
+        else:
+            hidden_RLF = activation(self.gate(x)) * self.up(x)
+        hidden_RLF = constrain(hidden_RLF, "batch", "length", "mlp")
+        return self.down(dropout(hidden_RLF, keys_R, self.config.mlp_dropout, site))
+
+
+class Block(nnx.Module):
+    """One layer: attention, perhaps cross-attention, MLP; each normalised before or after, and added."""
+
+    def __init__(self, config: TransformerConfig, *, cross_attention: bool, attention_norm: bool):
+        self.config = config
+        self.attention = Attention(config)
+        self.attention_norm = config_norm(config, config.width) if attention_norm else None
+        self.cross_attention = Attention(config) if cross_attention else None
+        self.cross_attention_norm = config_norm(config, config.width) if cross_attention else None
+        self.mlp = MLP(config)
+        self.mlp_norm = config_norm(config, config.width)
+
+    def __call__(
+        self, x: Array, sight: Sight, context: Array | None, context_sight: Sight | None, keys_R: Array | None
+    ) -> Array:
+        """[R, L, D] from [R, L, D]."""
+
+        def add(x: Array, norm: Norm | None, sublayer: Callable[[Array], Array], site: int) -> Array:
+            pre = self.config.norm_placement == "pre"
+            y = sublayer(norm(x) if pre and norm is not None else x)
+            x = x + dropout(y, keys_R, self.config.dropout, site)
+            x = x if pre or norm is None else norm(x)
+            return constrain(x, "batch", "length", None)
+
+        x = add(x, self.attention_norm, lambda y: self.attention(y, y, sight, keys_R, 0), 1)
+        cross = self.cross_attention
+        if cross is not None:
+            assert context is not None and context_sight is not None
+            x = add(x, self.cross_attention_norm, lambda y: cross(y, context, context_sight, keys_R, 2), 3)
+        return add(x, self.mlp_norm, lambda y: self.mlp(y, keys_R, 4), 5)

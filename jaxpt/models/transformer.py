@@ -1,0 +1,262 @@
+"""One Transformer (Vaswani et al. 2017, arXiv:1706.03762) for encoders, decoders and encoder-decoders."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxpt.models.attention import relative_buckets, rotary_angles
+from jaxpt.models.blocks import Block, Sight, config_norm, kernel_init, table_init
+from jaxpt.models.config import TransformerConfig
+from jaxpt.models.layers import Dense, dropout, fold_keys
+from jaxpt.models.params import Declared, constrain, initializer_of, param, specs_of, split, stacked
+from jaxpt.types import Array, AttentionPattern, Network, Params, Tree
+
+__all__ = ["TransformerConfig", "embedding_table", "transformer"]
+
+EMBED_SITE = 2**31  # where the dropout of the embeddings folds in, in place of a layer's number
+POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+
+
+# -------------------------------------------------------------------------------------- embeddings
+
+
+class Embeddings(nnx.Module):
+    """Tokens, positions and token types, added, normalised, dropped and projected as configured."""
+
+    def __init__(self, config: TransformerConfig, vocab_size: int | None):
+        c, width, init = config, config.embedding, table_init(config)
+        self.config = c
+        self.tokens = param((vocab_size, width), ("vocab", "embed"), "embedding", init) if vocab_size else None
+        rows = c.max_length + c.position_offset
+        learned = c.positions == "learned"
+        self.positions = param((rows, width), (None, "embed"), "embedding", init) if learned else None
+        self.token_types = param((c.token_types, width), (None, "embed"), "embedding", init) if c.token_types else None
+        self.norm = config_norm(c, width) if c.embedding_norm else None
+        project = width != c.width
+        axes = (None, "embed")
+        self.project = Dense((width, c.width), axes, kernel_init(c, width), bias=True) if project else None
+
+    def __call__(
+        self, tokens: Array, positions: Array, token_types: Array | None, table: Array | None, keys_R: Array | None
+    ) -> Array:
+        c = self.config
+        table = table if self.tokens is None else self.tokens[...]
+        assert table is not None, "a network without a token table needs `table`"
+        x = jnp.take(constrain(table, "vocab", None), tokens, axis=0)
+        if c.embed_scale:
+            x *= c.embedding**0.5
+        if self.positions is not None:
+            x += jnp.take(self.positions[...], positions + c.position_offset, axis=0)
+        elif c.positions == "sinusoidal":
+            x += sinusoids(positions, c.embedding)
+        if self.token_types is not None:
+            types = jnp.zeros_like(tokens) if token_types is None else token_types
+            x += jnp.take(self.token_types[...], types, axis=0)
+        x = x if self.norm is None else self.norm(x)
+        x = dropout(x, keys_R, c.dropout, 0).astype(c.dtype)
+        x = x if self.project is None else self.project(x)
+        return constrain(x, "batch", "length", None)
+
+
+def sinusoids(positions: Array, width: int) -> Array:
+    """Sines at the even and cosines at the odd places, of wavelengths from 2 pi to 20,000 pi.
+
+    Args:
+      positions: [R, L] i32.
+      width: of the embedding.
+
+    Returns:
+      [R, L, width] f32.
+    """
+    frequency = 10_000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    angle = positions[..., None].astype(jnp.float32) * frequency
+    return jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1).reshape(*positions.shape, -1)[..., :width]
+
+
+class Outer(nnx.Module):
+    """Everything of a network but its layers."""
+
+    def __init__(self, config: TransformerConfig, vocab_size: int | None):
+        self.embed = Embeddings(config, vocab_size)
+        shape, axes = (config.relative_buckets, config.heads), (None, "heads")
+        relative = config.positions == "relative"
+        self.relative = param(shape, axes, "embedding", kernel_init(config, config.width)) if relative else None
+        self.final_norm = config_norm(config, config.width) if config.final_norm else None
+
+
+def embedding_table(params: Params) -> Array:
+    """The token table [V, E] of a network's parameters, for a head that is tied to it."""
+    return params.get("encoder", params)["embed"]["tokens"]
+
+
+# ----------------------------------------------------------------------------------------- network
+
+
+def transformer(config: TransformerConfig, vocab_size: int | None, *, cross_attention: bool = False) -> Network:
+    """A stack of layers from tokens to hidden states.
+
+    ``apply(params, tokens_RL, pattern, positions_RL, *, token_types=None, keys=None, context=None,
+    context_pattern=None, table=None, return_layers=False)`` returns hidden [R, L, D] after the final norm, in
+    ``config.dtype``; with ``return_layers`` also what every layer gave, [N, R, L, D]. ``keys`` [R], typed, turn
+    dropout on.
+
+    Args:
+      config: sizes and options.
+      vocab_size: rows of the token table; None = the network owns none and reads ``table`` [V, E].
+      cross_attention: each layer also looks at ``context`` [R, K, D] through ``context_pattern``.
+
+    Example:
+      >>> from jaxpt.models.attention import causal
+      >>> network = transformer(TransformerConfig(depth=2, width=8, heads=2), vocab_size=11)
+      >>> params = network.init(jax.random.key(0))
+      >>> tokens = jnp.array([[3, 1, 4, 1]])
+      >>> places = jnp.arange(4)[None]
+      >>> network.apply(params, tokens, causal(jnp.ones_like(tokens), places), places).shape
+      (1, 4, 8)
+    """
+    outer = split(Outer(config, vocab_size))
+    block = split(Block(config, cross_attention=cross_attention, attention_norm=True))
+    first = split(Block(config, cross_attention=cross_attention, attention_norm=config.first_norm))
+    layers = block.tree if config.shared_layers else stacked(block.tree, config.depth)
+    if not config.first_norm:  # the stack of these norms is one shorter
+        layers |= {"attention_norm": stacked(block.tree["attention_norm"], config.depth - 1)}
+    tree = {**outer.tree, "layers": layers}
+    return Network(specs_of(tree), initializer_of(tree), functools.partial(_apply, config, outer, block, first))
+
+
+def _apply(
+    config: TransformerConfig,
+    outer: Declared[Outer],
+    block: Declared[Block],
+    first: Declared[Block],
+    params: Params,
+    tokens: Array,
+    pattern: AttentionPattern,
+    positions: Array,
+    *,
+    token_types: Array | None = None,
+    keys: Array | None = None,
+    context: Array | None = None,
+    context_pattern: AttentionPattern | None = None,
+    table: Array | None = None,
+    return_layers: bool = False,
+) -> Any:
+    if config.positions == "learned" and tokens.shape[1] > config.max_length:
+        raise ValueError(
+            f"rows of {tokens.shape[1]} tokens do not fit max_length {config.max_length}: raise max_length, "
+            f'shorten the rows or choose positions="rotary"'
+        )
+    module = outer.bind({name: value for name, value in params.items() if name != "layers"})
+    sights = {window: _sight(config, module, pattern, positions, window) for window in (None, config.window)}
+    context_sight = None if context_pattern is None else Sight(context_pattern)
+
+    def layer(x: Array, layer_params: Params, index: Array | int, window: int | None) -> Array:
+        declared = first if "attention_norm" not in layer_params else block
+        layer_keys = fold_keys(keys, index)
+        return declared.bind(layer_params)(x, sights[window], context, context_sight, layer_keys)
+
+    x = module.embed(tokens, positions, token_types, table, fold_keys(keys, EMBED_SITE))
+    x, layers = _run_layers(config, layer, params["layers"], x, collect=return_layers)
+    x = x if module.final_norm is None else module.final_norm(x)
+    return (x, layers) if return_layers else x
+
+
+def _sight(
+    config: TransformerConfig, module: Outer, pattern: AttentionPattern, positions: Array, window: int | None
+) -> Sight:
+    angles = bias = None
+    if config.positions == "rotary":
+        local = None if window is None else config.local_rope_theta
+        angles = rotary_angles(positions, config.head_dim, config.rope_theta if local is None else local)
+    if module.relative is not None:
+        bucket_RQL = relative_buckets(
+            positions[:, None, :] - positions[:, :, None],
+            is_causal=config.relative_causal,
+            buckets=config.relative_buckets,
+            max_distance=config.relative_distance,
+        )
+        bias = jnp.moveaxis(jnp.take(module.relative[...], bucket_RQL, axis=0), -1, 1)
+    return Sight(pattern, window, angles, bias)
+
+
+def _run_layers(
+    config: TransformerConfig,
+    layer: Callable[[Array, Params, Array | int, int | None], Array],
+    params: Params,
+    x: Array,
+    *,
+    collect: bool,
+) -> tuple[Array, Array | None]:
+    """Run the layers: some unrolled, then a scan over periods of local and global ones, then the remainder.
+
+    Inside a period every layer's window is static, as fast kernels need it.
+    """
+    lead = config.depth if config.layers == "unroll" else int(not config.first_norm)
+    period = config.global_every or 1 if config.window is not None else 1
+    periods = (config.depth - lead) // period
+    scanned = periods * period
+    rest = config.depth - lead - scanned
+    outputs: list[Array] = []
+
+    def one(x: Array, layer_params: Params, index: Array | int, window: int | None, *, in_scan: bool) -> Array:
+        def run(x: Array, layer_params: Params, index: Array | int) -> Array:
+            return layer(x, layer_params, index, window)
+
+        if config.remat != "none":
+            run = jax.checkpoint(run, prevent_cse=not in_scan, policy=POLICIES[config.remat])
+        return run(x, layer_params, index)
+
+    def unrolled(x: Array, start: int, trees: list[Params]) -> Array:
+        for index, tree in enumerate(trees, start):
+            x = one(x, tree, index, config.window_of(index), in_scan=False)
+            outputs.append(x[None])
+        return x
+
+    def body(x: Array, xs: tuple[Params, Array]) -> tuple[Array, Array | None]:
+        given = []
+        for place in range(period):
+            tree = params if config.shared_layers else jax.tree.map(lambda leaf: leaf[place], xs[0])  # noqa: B023
+            x = one(x, tree, xs[1] + place, config.window_of(lead + place), in_scan=True)
+            given.append(x)
+        return x, jnp.stack(given) if collect else None
+
+    trees = [params] * config.depth
+    group = None
+    if not config.shared_layers:
+        trees, group = _unstack(params, config, lead, scanned)
+        group = jax.tree.map(lambda leaf: leaf.reshape(periods, period, *leaf.shape[1:]), group)
+    x = unrolled(x, 0, trees[:lead])
+    if periods:
+        x, given = jax.lax.scan(body, x, (group, lead + period * jnp.arange(periods)))
+        if given is not None:
+            outputs.append(given.reshape(scanned, *x.shape))
+    x = unrolled(x, lead + scanned, trees[lead : lead + rest])
+    return x, jnp.concatenate(outputs) if collect else None
+
+
+def _unstack(params: Params, config: TransformerConfig, lead: int, scanned: int) -> tuple[list[Params], Params]:
+    """Single layers at both ends and the stack between them.
+
+    One ``lax.split`` per leaf: its gradient is one concatenation, where slices would each add a padded stack.
+    """
+
+    def split_leaves(tree: Tree, sizes: list[int]) -> list[Tree]:
+        leaves, structure = jax.tree.flatten(tree)
+        parts = [jax.lax.split(leaf, sizes) for leaf in leaves]
+        return [structure.unflatten([part[i] for part in parts]) for i in range(len(sizes))]
+
+    sizes = [1] * lead + [scanned] + [1] * (config.depth - lead - scanned)
+    if config.first_norm:
+        trees = split_leaves(params, sizes)
+    else:
+        trees = split_leaves({name: tree for name, tree in params.items() if name != "attention_norm"}, sizes)
+        norms = split_leaves(params["attention_norm"], sizes[1:])
+        trees = [trees[0], *(tree | {"attention_norm": norm} for tree, norm in zip(trees[1:], norms, strict=True))]
+    group = trees.pop(lead)
+    return [jax.tree.map(lambda leaf: leaf[0], tree) for tree in trees], group
