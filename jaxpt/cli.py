@@ -134,6 +134,16 @@ def _join() -> None:
         ) from error
 
 
+def _calm_cpu() -> None:
+    """On virtual CPU devices, run one program after the other; accelerators are not concerned.
+
+    Programs with collectives that overlap on a few cores starve each other of threads until XLA gives up.
+    """
+    import jax
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
 def _run(args: list[str], commands: dict[str, Callable[[list[str]], int]], help_text: str, prog: str) -> int:
     """Hand the arguments to a command by its name."""
     if args and args[0] in commands:
@@ -181,6 +191,7 @@ def _train(args: list[str]) -> int:
         config = replace(config, out=f"runs/{Path(path).stem}")
     config = override(config, args[1:], prog=f"jaxpt train {path}")
     validate(config)
+    _calm_cpu()
     from jaxpt.train import train
 
     return train(config)
@@ -192,6 +203,7 @@ def _evaluate(args: list[str]) -> int:
 
     run, flags = (args[0], args[1:]) if args and args[0] not in ("--help", "-h") else ("RUN", ["--help"])
     asked = tyro.cli(EvaluateArgs, prog=f"jaxpt evaluate {run}", args=flags)
+    _calm_cpu()
     from jaxpt.config import config_types, load_config
     from jaxpt.train import evaluate_run
 

@@ -48,16 +48,17 @@ class Embeddings(nnx.Module):
         c = self.config
         table = table if self.tokens is None else self.tokens[...]
         assert table is not None, "a network without a token table needs `table`"
+        # Tables are split over fsdp by width, and so are rows: gather a table before it is read, as any kernel is.
         x = jnp.take(constrain(table, "vocab", None), tokens, axis=0)
         if c.embed_scale:
             x *= c.embedding**0.5
         if self.positions is not None:
-            x += jnp.take(self.positions[...], positions + c.position_offset, axis=0)
+            x += jnp.take(constrain(self.positions[...], None, None), positions + c.position_offset, axis=0)
         elif c.positions == "sinusoidal":
             x += sinusoids(positions, c.embedding)
         if self.token_types is not None:
             types = jnp.zeros_like(tokens) if token_types is None else token_types
-            x += jnp.take(self.token_types[...], types, axis=0)
+            x += jnp.take(constrain(self.token_types[...], None, None), types, axis=0)
         x = x if self.norm is None else self.norm(x)
         x = dropout(x, keys_R, c.dropout, 0).astype(c.dtype)
         x = x if self.project is None else self.project(x)
