@@ -61,7 +61,7 @@ def probe_of(this: Case, batch: Batch | None = None, seed: int = 5) -> Probe:
     return jax.device_get(this.probe(this.params, this.batch if batch is None else batch, jax.random.key(seed)))
 
 
-@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in OBJECTIVES])
+@pytest.fixture(params=OBJECTIVES)
 def this(request: pytest.FixtureRequest) -> Case:
     return case(request.param)
 

@@ -19,8 +19,6 @@ from jaxpt.optimizer import OptimizerConfig
 from jaxpt.sharding import MeshConfig
 from jaxpt.train import evaluate_run, train
 
-pytestmark = pytest.mark.xdist_group("train")  # one folder of data, one set of compilations
-
 CLOCK = {"tokens_per_second", "mfu", "data_wait", "seconds"}
 NETWORK = TransformerConfig(depth=2, width=32, heads=2, max_length=64, dropout=0.1, layers="unroll")
 NAMES = ("cat", "dog", "owl", "fox", "hen", "bee", "ant", "elk")
