@@ -28,14 +28,14 @@ def config() -> RunConfig:
         objective=CausalLM(decoder=decoder),
         data=("prose",),
         vocab_size=4096,
-        steps=400,
+        steps=250,
         batch_size=32,
         seq_len=128,
         optimizer=OptimizerConfig(
-            learning_rate=3e-3, schedule="cosine", warmup_steps=40, final_fraction=0.1, beta2=0.99, weight_decay=0.1
+            learning_rate=3e-3, schedule="cosine", warmup_steps=25, final_fraction=0.1, beta2=0.99, weight_decay=0.1
         ),
         log_every=10,
-        eval_every=100,
+        eval_every=50,
         eval_rows=128,
-        checkpoint_every=100,
+        checkpoint_every=50,
     )

@@ -23,7 +23,7 @@ class ParameterGroup:
     """Settings of their own for some of the parameters."""
 
     match: str
-    """A pattern over parameter paths ("encoder/embedding/*") or the name of a group that the objective declares."""
+    """A pattern over parameter paths ("trunk/embed/*") or the name of a group that the objective declares."""
     learning_rate: float = 1.0
     """The group's learning rate as a multiple of the run's."""
     weight_decay: float | None = None
@@ -112,7 +112,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 
 def path_name(path: Path) -> str:
-    """Return a tree path as "encoder/blocks/kernel"."""
+    """Return a tree path as "trunk/layers/mlp/up/kernel"."""
     return "/".join(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path)
 
 

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxpt import config as configuration
 from jaxpt.checkpoint import Checkpoints, Preemption
@@ -253,8 +254,9 @@ def train(config: RunConfig) -> int:
         settings = {"seed": config.seed, "microbatches": config.microbatches, "spike_factor": config.spike_factor}
         settings["averaging"] = config.optimizer.averaging
         step_function = make_train_step(parts.objective, parts.optimizer, parts.specs, **settings)
-        train_step = jax.jit(step_function, donate_argnums=0, out_shardings=(parts.shardings, None))
-        eval_step = jax.jit(make_eval_step(parts.judge, seed=config.seed))
+        whole = NamedSharding(mesh, P())  # measurements are whole on every process
+        train_step = jax.jit(step_function, donate_argnums=0, out_shardings=(parts.shardings, whole))
+        eval_step = jax.jit(make_eval_step(parts.judge, seed=config.seed), out_shardings=whole)
         rate = learning_rate_schedule(config.optimizer, config.steps)
         writer = closing.enter_context(MetricsWriter(folder, config.steps, resume_step=start or None, write=first))
         for note in notes:
@@ -284,7 +286,7 @@ def train(config: RunConfig) -> int:
             params = state.params if state.averaged is None else state.averaged
             with meter.paused():
                 metrics = evaluate(parts.judge, eval_step, params, state.carry, state.step, batches)
-            writer.evaluation(step, metrics)
+                writer.evaluation(step, metrics)
             return metrics["loss"]
 
         # ------------------------------------------------------------------------------------- the loop
@@ -364,6 +366,6 @@ def evaluate_run(
         check_rows(size, 1, mesh)
         carry = parts.judge.start(restored.state, jax.random.key(config.seed)) if parts.judge.start else {}
         batches = held_out_batches(sources, parts.judge.rows, phase.length, size, rows, mesh)
-        eval_step = jax.jit(make_eval_step(parts.judge, seed=config.seed))
+        eval_step = jax.jit(make_eval_step(parts.judge, seed=config.seed), out_shardings=NamedSharding(mesh, P()))
         metrics = evaluate(parts.judge, eval_step, restored.state, carry, jax.numpy.int32(restored.step), batches)
         return {"step": restored.step, **metrics}

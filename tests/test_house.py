@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -96,3 +97,22 @@ def test_help_and_host_code_load_no_jax(command: list[str]):
         "sys.exit('jax' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_readme_names_what_exists():
+    text = (ROOT.parent / "README.md").read_text()
+    assert "pip install -e . && jaxpt train configs/quickstart.py" in text
+    assert 'pip install -e ".[test]" && pytest' in text
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    compile(block, "README.md", "exec")
+    for name in set(re.findall(r"jaxpt\.([A-Za-z_]+)", block)):
+        assert hasattr(jaxpt, name), name
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        assert (ROOT.parent / link).exists(), link
+
+
+def test_public_names_are_there():
+    for name in jaxpt.__all__:
+        assert getattr(jaxpt, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
+        jaxpt.Nonsense  # noqa: B018

@@ -169,7 +169,7 @@ def test_refusals(finished: Path, data: str, tmp_path: Path):
         train(config_of(data, tmp_path))
     with pytest.raises(ValueError, match="make it a multiple of"):
         train(config_of(data, tmp_path / "run", batch_size=6))
-    with pytest.raises(ValueError, match="init_from: .* is not the directory of a run"):
+    with pytest.raises(ValueError, match=r"init_from: .* is not the directory of a run"):
         train(config_of(data, tmp_path / "run", init_from=str(tmp_path)))
 
 
@@ -187,10 +187,16 @@ def test_another_objective_starts_from_a_run(finished: Path, data: str, tmp_path
     assert train(config) == 0
     said = capsys.readouterr().out
     assert f"of {finished}, step 12" in said
-    assert "not taken: encoder/layers/mlp/" in said
-    causal = config_of(data, tmp_path / "causal", objective=CausalLM(decoder=NETWORK), init_from=str(finished))
-    with pytest.raises(ValueError, match="decoder"):
-        train(causal)  # other names: not one parameter fits, and the message shows both sides
+    assert "not taken: trunk/layers/mlp/" in said
+    causal = CausalLM(decoder=NETWORK)
+    config = config_of(data, tmp_path / "causal", objective=causal, steps=5, init_from=str(finished))
+    assert train(config) == 0
+    said = capsys.readouterr().out
+    assert "not taken: head/transform/kernel" in said
+    assert "trunk" not in said  # the whole network is taken
+    strange = config_of(data, tmp_path / "strange", objective=MaskedLM(encoder=dataclasses.replace(NETWORK, width=16)))
+    with pytest.raises(ValueError, match=r"params/trunk/embed/tokens: .* here, .* in the checkpoint"):
+        train(dataclasses.replace(strange, init_from=str(finished)))
 
 
 def test_a_run_that_keeps_failing_stops(data: str, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -207,7 +213,8 @@ def test_causal_lm_learns_and_tells_bits_per_byte(data: str, tmp_path: Path):
     objective = CausalLM(decoder=NETWORK, z_loss=1e-4)
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=5)
     out = tmp_path / "run"
-    assert train(config_of(data, out, objective=objective, optimizer=optimizer, steps=120, log_every=10, eval_every=0)) == 0
+    config = config_of(data, out, objective=objective, optimizer=optimizer, steps=120, log_every=10, eval_every=0)
+    assert train(config) == 0
     last = lines(out)[-1]
     assert last["eval/loss"] < last["eval/unigram_loss"] - 0.5
     # every scored byte is a token here, but for the EOS of each document

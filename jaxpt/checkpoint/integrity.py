@@ -31,7 +31,7 @@ class Saved(NamedTuple):
     step: int
     metric: float | None
     metadata: dict[str, Any]
-    leaves: dict[str, Leaf]  # {path: leaf}, for example "params/encoder/embed"
+    leaves: dict[str, Leaf]  # {path: leaf}, for example "params/trunk/embed/tokens"
     files: dict[str, tuple[int, str]]  # {path in the step's directory: (bytes, SHA-256)}
 
     def render(self) -> bytes:

@@ -48,7 +48,7 @@ class CausalLM:
             suffix=(vocab.require("eos", "causal_lm"),),
         )
         decoder, head = transformer(self.decoder, vocab.size), lm_head(self.decoder, vocab.size)
-        networks = {"decoder": decoder, "head": head}
+        networks = {"trunk": decoder, "head": head}
         tables = token_tables(vocab)
         scale = {"lm": 1.0} | ({"z_loss": self.z_loss} if self.z_loss else {})
 
@@ -66,8 +66,8 @@ class CausalLM:
         def loss(snapshot: Snapshot, example: Example, keys: Array) -> Out:
             inputs, params = example.inputs, snapshot.params
             pattern = causal(inputs["segment_ids"], inputs["positions"])
-            hidden_RLD = decoder.apply(params["decoder"], inputs["tokens"], pattern, inputs["positions"], keys=keys)
-            logits_RLV = head.apply(params["head"], hidden_RLD, embedding_table(params["decoder"]))
+            hidden_RLD = decoder.apply(params["trunk"], inputs["tokens"], pattern, inputs["positions"], keys=keys)
+            logits_RLV = head.apply(params["head"], hidden_RLD, embedding_table(params["trunk"]))
             result = cross_entropy(logits_RLV, inputs["targets"], self.label_smoothing)
             losses = {"lm": result.loss} | ({"z_loss": z_loss(result.log_normalizer)} if self.z_loss else {})
             return Out(losses, token_sums(result, inputs["targets"], example.weights["lm"], tables))

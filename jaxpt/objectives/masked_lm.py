@@ -69,7 +69,7 @@ class MaskedLM:
             suffix=(vocab.require("sep", "masked_lm"),),
         )
         encoder, head = transformer(self.encoder, vocab.size), mlm_head(self.encoder, vocab.size)
-        networks = {"encoder": encoder, "head": head}
+        networks = {"trunk": encoder, "head": head}
         tables, ids_M = token_tables(vocab), ordinary_ids(vocab)
         rate_at = linear(self.rate, self.final_rate, self.rate_steps)
         highest_rate = max(self.rate, self.final_rate or 0.0)
@@ -108,9 +108,9 @@ class MaskedLM:
         def loss(snapshot: Snapshot, example: Example, keys: Array) -> Out:
             inputs, params = example.inputs, snapshot.params
             pattern = bidirectional(inputs["segment_ids"], inputs["positions"])
-            hidden_RLD = encoder.apply(params["encoder"], inputs["tokens"], pattern, inputs["positions"], keys=keys)
+            hidden_RLD = encoder.apply(params["trunk"], inputs["tokens"], pattern, inputs["positions"], keys=keys)
             hidden_RKD = at(hidden_RLD, inputs["target_positions"])
-            logits_RKV = head.apply(params["head"], hidden_RKD, embedding_table(params["encoder"]))
+            logits_RKV = head.apply(params["head"], hidden_RKD, embedding_table(params["trunk"]))
             result = cross_entropy(logits_RKV, inputs["targets"], self.label_smoothing)
             return Out({"mlm": result.loss}, token_sums(result, inputs["targets"], example.weights["mlm"], tables))
 

@@ -1,4 +1,8 @@
-"""What several objectives have in common."""
+"""What several objectives have in common.
+
+A network that objectives can share has the same name in all of them, so that one can start from the parameters of
+another and mixtures can train one network: "trunk" is the Transformer, "head" what predicts from it.
+"""
 
 from __future__ import annotations
 

@@ -155,8 +155,8 @@ def full_logits_loss(params: dict, example: Example, mask: np.ndarray) -> jax.Ar
     inputs = example.inputs
     encoder, head = transformer(ENCODER, VOCAB.size), mlm_head(ENCODER, VOCAB.size)
     pattern = bidirectional(inputs["segment_ids"], inputs["positions"])
-    hidden = encoder.apply(params["encoder"], inputs["tokens"], pattern, inputs["positions"])
-    logits = head.apply(params["head"], hidden, embedding_table(params["encoder"]))
+    hidden = encoder.apply(params["trunk"], inputs["tokens"], pattern, inputs["positions"])
+    logits = head.apply(params["head"], hidden, embedding_table(params["trunk"]))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(BATCH.tokens))
     return jnp.sum(losses * mask) / mask.sum()
 
