@@ -15,6 +15,8 @@ import importlib.util
 import json
 import os
 import sys
+import types
+import typing
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -177,7 +179,7 @@ def load_config(path: str | os.PathLike[str]) -> RunConfig:
 def _line_of(error: BaseException, path: Path) -> str:
     lines, trace = [], error.__traceback__
     while trace:
-        if trace.tb_frame.f_code.co_filename == str(path):
+        if trace.tb_frame.f_code.co_filename == str(path.absolute()):
             lines.append(trace.tb_lineno)
         trace = trace.tb_next
     return f" (line {lines[-1]})" if lines else ""
@@ -205,6 +207,7 @@ def validate(config: RunConfig) -> None:
 
     What depends on the devices (``sharding.check_rows``) or the tokenizer (``objective.build``) is checked there.
     """
+    _validate_types(config)
     for name in (
         "steps",
         "batch_size",
@@ -232,6 +235,43 @@ def validate(config: RunConfig) -> None:
         begin = phase.from_step + 1
         _validate_rows(config, phase)
     learning_rate_schedule(config.optimizer, config.steps)  # raises where warm-up and decay do not fit
+
+
+def _validate_types(config: RunConfig) -> None:
+    """A config file is Python, and nothing has looked at what it puts where; flags are typed already."""
+    objective: Any = config.objective
+    _check(
+        dataclasses.is_dataclass(objective) and not isinstance(objective, type) and hasattr(objective, "build"),
+        f"objective is {objective!r}: it must be an objective's configuration, for example CausalLM()",
+    )
+    for path, part in _parts("", config):
+        with contextlib.suppress(NameError):  # a type that an objective of one's own names but does not define
+            hints = typing.get_type_hints(type(part))
+            for entry in dataclasses.fields(part):
+                value, hint = getattr(part, entry.name), hints[entry.name]
+                name = f"{path}.{entry.name}".lstrip(".")
+                kind = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+                example = '; a tuple of one is written ("this",)' if "tuple" in kind else ""
+                _check(_fits(value, hint), f"{name} is {value!r}: it must be {kind}{example}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type; of types that fields of configurations do not have, always."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return value in args
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, each) for each in args)
+    if hint is tuple or origin is tuple:
+        kinds = args[:1] * len(value) if args[1:] == (...,) and isinstance(value, tuple) else args
+        return isinstance(value, tuple) and (
+            not args or (len(value) == len(kinds) and all(map(_fits, value, kinds)))
+        )
+    if hint in (int, float):
+        return isinstance(value, int | hint) and not isinstance(value, bool)
+    if dataclasses.is_dataclass(hint) or hint in (bool, str, type(None)):
+        return isinstance(value, typing.cast(type, hint))
+    return True
 
 
 def _validate_rows(config: RunConfig, phase: PhaseConfig) -> None:
@@ -362,7 +402,7 @@ def load(path: str | os.PathLike[str], known: Sequence[type] = ()) -> RunConfig:
     """
     try:
         config = from_json(json.loads(Path(path).read_text("utf-8")), known)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"there is no {path}: {Path(path).parent} is not the directory of a run") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is damaged: {error}") from None

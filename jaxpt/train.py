@@ -200,6 +200,48 @@ def check_resume(old: RunConfig | None, config: RunConfig, before: dict, now: di
 # -------------------------------------------------------------------------------------------------- training
 
 
+class Opened(NamedTuple):
+    """A run that is ready to go on."""
+
+    parts: Parts
+    pipeline: Pipeline
+    state: TrainState
+    start: int  # steps done
+    notes: list[str]  # what its owner should know
+
+
+def open_run(
+    config: RunConfig, old: RunConfig | None, phases: tuple[Phase, ...], mesh: Mesh, store: Checkpoints
+) -> Opened:
+    """Build everything that a run is made of and restore its newest sound checkpoint, or begin.
+
+    Raises:
+      ValueError: the run cannot go on as it is configured, or there is nothing to take from ``init_from``.
+    """
+    parts = make_parts(config, Pipeline(phases, RowSpec(), config.seed).vocab, mesh)
+    pipeline = Pipeline(phases, parts.objective.rows, config.seed)
+    now = pipeline.fingerprint()
+    if store.latest is not None:
+        saved = store.describe()  # before the arrays: what differs is better said in terms of the configuration
+        check_resume(old, config, saved.metadata["data"], now, saved.step)
+        restored = store.restore(parts.abstract)
+        notes = [f"refused checkpoint: {problem}" for problem in restored.refused]
+        return Opened(parts, pipeline, restored.state, restored.step, [*notes, f"resuming at step {restored.step}"])
+
+    check_resume(old, config, now, now, 0)
+    state, notes = parts.born(), []
+    if config.init_from:
+        if not (Path(config.init_from) / "config.json").exists():
+            raise ValueError(f"init_from: {config.init_from} is not the directory of a run (no config.json)")
+        with Checkpoints(Path(config.init_from) / "checkpoints") as other:
+            taken = other.restore_into(state.params)
+        averaged = None if state.averaged is None else jax.tree.map(lambda leaf: leaf.copy(), taken.params)
+        state = state._replace(params=taken.params, averaged=averaged)
+        notes.append(f"took {len(taken.taken)} parameters of {config.init_from}, step {taken.step}")
+        notes += [f"  not taken: {each}" for each in taken.left]
+    return Opened(parts, pipeline, state, 0, notes)
+
+
 def train(config: RunConfig) -> int:
     """Train a run from its first step, or from its newest sound checkpoint, to its last.
 
@@ -224,29 +266,8 @@ def train(config: RunConfig) -> int:
 
     with jax.set_mesh(mesh), run_directory(config) as (folder, old), contextlib.ExitStack() as closing:
         # ---------------------------------------------------------------------- objective, optimizer, state
-        parts = make_parts(config, Pipeline(phases, RowSpec(), config.seed).vocab, mesh)
-        pipeline = Pipeline(phases, parts.objective.rows, config.seed)
-        fingerprint = pipeline.fingerprint()
         store = closing.enter_context(Checkpoints(folder / "checkpoints", keep=config.keep, keep_best=config.keep_best))
-        notes = [describe(config, parts, phases, mesh)]
-        if store.latest is not None:
-            restored = store.restore(parts.abstract)
-            check_resume(old, config, restored.metadata["data"], fingerprint, restored.step)
-            state: TrainState = restored.state
-            start = restored.step
-            notes += [f"refused checkpoint: {problem}" for problem in restored.refused] + [f"resuming at step {start}"]
-        else:
-            check_resume(old, config, fingerprint, fingerprint, 0)
-            state, start = parts.born(), 0
-            if config.init_from:
-                if not (Path(config.init_from) / "config.json").exists():
-                    raise ValueError(f"init_from: {config.init_from} is not the directory of a run (no config.json)")
-                with Checkpoints(Path(config.init_from) / "checkpoints") as other:
-                    taken = other.restore_into(state.params)
-                averaged = None if state.averaged is None else jax.tree.map(lambda leaf: leaf.copy(), taken.params)
-                state = state._replace(params=taken.params, averaged=averaged)
-                notes.append(f"took {len(taken.taken)} parameters of {config.init_from}, step {taken.step}")
-                notes += [f"  not taken: {each}" for each in taken.left]
+        parts, pipeline, state, start, notes = open_run(config, old, phases, mesh, store)
         if first:
             configuration.save(config, folder / "config.json")
 
@@ -259,7 +280,7 @@ def train(config: RunConfig) -> int:
         eval_step = jax.jit(make_eval_step(parts.judge, seed=config.seed), out_shardings=whole)
         rate = learning_rate_schedule(config.optimizer, config.steps)
         writer = closing.enter_context(MetricsWriter(folder, config.steps, resume_step=start or None, write=first))
-        for note in notes:
+        for note in [describe(config, parts, phases, mesh), *notes]:
             writer.say(note)
         preemption = closing.enter_context(Preemption())
         flops = step_flops(parts, pipeline.batch(start, slice(1)), pipeline.phase_at(start).batch_size)
@@ -270,6 +291,8 @@ def train(config: RunConfig) -> int:
             values = jax.device_get(measured)
             guard = values.guard
             meter.step(float(values.tokens))
+            if not values.ok:
+                writer.say(f"skipped step {step}: loss {values.loss:.4g}, gradient norm {values.grad_norm:.4g}")
             if step % config.log_every == 0 or step == config.steps:
                 updates = int(guard.applied) - int(values.ok)  # before this one
                 line = {"loss": values.loss, **values.metrics, "learning_rate": np.asarray(rate(updates)).item()}
@@ -313,7 +336,7 @@ def train(config: RunConfig) -> int:
                 return 1
             loss = judge(step, state) if due else None
             if save:
-                metadata = {"config": configuration.to_json(config), "data": fingerprint}
+                metadata = {"config": configuration.to_json(config), "data": pipeline.fingerprint()}
                 with meter.paused():
                     store.save(step, state, metadata, loss)
             if stop and step < config.steps:

@@ -97,6 +97,13 @@ def test_a_broken_config_file_is_named_with_its_line(tmp_path, text, message):
         load_config(config_file(tmp_path, text))
 
 
+def test_the_line_is_told_of_a_relative_path_too(tmp_path, monkeypatch):
+    config_file(tmp_path, "\ndef config():\n    return 1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"config file mine\.py does not work \(line 3\): ZeroDivisionError"):
+        load_config("mine.py")
+
+
 def test_an_absent_config_file_is_named_and_a_near_one_offered(tmp_path):
     config_file(tmp_path, "")
     with pytest.raises(ValueError, match=r"no config file .*mien\.py: did you mean .*mine\.py\?"):
