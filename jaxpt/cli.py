@@ -78,8 +78,7 @@ examples:
 class EvaluateArgs:
     """Measure a run on held-out text: loss, perplexity, accuracy and, for a likelihood, bits per byte.
 
-    Everything stands beside the unigram baseline on the same scored positions. For example:
-    jaxpt evaluate runs/quickstart --rows 512.
+    Beside them stands the unigram baseline on the same positions. Example: jaxpt evaluate runs/quickstart --rows 512
     """
 
     data: tuple[str, ...] | None = None
@@ -109,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # tyro has said what is wrong, or printed help
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
-        print("jaxpt: interrupted", file=sys.stderr)
+        goes_on = args[:1] != ["evaluate"]
+        print("jaxpt: interrupted" + "; the same command goes on from what is saved" * goes_on, file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         if debug or not _for_the_user(error):
@@ -204,6 +204,9 @@ def _evaluate(args: list[str]) -> int:
     run, flags = (args[0], args[1:]) if args and args[0] not in ("--help", "-h") else ("RUN", ["--help"])
     asked = tyro.cli(EvaluateArgs, prog=f"jaxpt evaluate {run}", args=flags)
     _calm_cpu()
+    for name, value in (("rows", asked.rows), ("batch-size", asked.batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, not {value}")
     from jaxpt.config import config_types, load_config
     from jaxpt.train import evaluate_run
 
@@ -236,5 +239,7 @@ def _data_build(args: list[str]) -> int:
 
     from jaxpt.data.build import BuildConfig, build
 
-    build(tyro.cli(BuildConfig, prog="jaxpt data build", args=args, config=(tyro.conf.PositionalRequiredArgs,)))
+    teaching = DATA_HELP.partition("\n\n")[2].replace(" `jaxpt data build --help` lists every flag.", "")
+    positional = (tyro.conf.PositionalRequiredArgs,)
+    build(tyro.cli(BuildConfig, prog="jaxpt data build", description=teaching, args=args, config=positional))
     return 0

@@ -264,9 +264,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, each) for each in args)
     if hint is tuple or origin is tuple:
         kinds = args[:1] * len(value) if args[1:] == (...,) and isinstance(value, tuple) else args
-        return isinstance(value, tuple) and (
-            not args or (len(value) == len(kinds) and all(map(_fits, value, kinds)))
-        )
+        return isinstance(value, tuple) and (not args or (len(value) == len(kinds) and all(map(_fits, value, kinds))))
     if hint in (int, float):
         return isinstance(value, int | hint) and not isinstance(value, bool)
     if dataclasses.is_dataclass(hint) or hint in (bool, str, type(None)):

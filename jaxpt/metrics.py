@@ -254,8 +254,9 @@ class MetricsWriter:
         self._last = (self._history[-1]["step"] if self._history else resume_step or 0, time.perf_counter())
         self._pace = 0.0  # seconds per step, of the last two training lines
         if self._console.is_terminal:
-            progress = Progress(TextColumn("{task.description}"), BarColumn(), console=self._console)
-            self._task = progress.add_task("", total=steps, completed=resume_step or 0)
+            where = TextColumn("step {task.completed:.0f}/{task.total:.0f}  {task.description}")
+            progress = Progress(where, BarColumn(), console=self._console)
+            self._task = progress.add_task("compiling", total=steps, completed=resume_step or 0)
             progress.start()
             self._progress = progress
 
@@ -273,7 +274,12 @@ class MetricsWriter:
         if self._progress:
             self._progress.update(self._task, completed=step, description=text)
         else:
-            self.say(text)
+            self.say(f"step {step}/{self._steps}  {text}")
+
+    def tick(self, step: int) -> None:
+        """Move the live line on to ``step``, between training lines; without a terminal there is none."""
+        if self._progress:
+            self._progress.update(self._task, completed=step)
 
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write one evaluation line, every key with the prefix ``eval/``, and redraw the picture."""
@@ -328,7 +334,7 @@ class MetricsWriter:
 
     def _describe(self, line: Mapping[str, Any]) -> str:
         left = max(self._steps - line["step"], 0) * self._pace
-        parts = [f"step {line['step']}/{self._steps}", f"loss {_short(line.get('loss'))}"]
+        parts = [f"loss {_short(line.get('loss'))}"]
         parts += [f"{_short(line['tokens_per_second'])} tokens/s"] if "tokens_per_second" in line else []
         shares = (("MFU", "mfu"), ("data wait", "data_wait"))
         parts += [f"{label} {line[key]:.1%}" for label, key in shares if line.get(key) is not None]

@@ -92,6 +92,8 @@ def test_python_m_jaxpt_is_the_command():
         (["train", CONFIG, "--batch-size", "9", "--microbatches", "2"], "batch_size 9 cannot be cut into 2"),
         (["train", CONFIG, "--steps", "0"], "steps is 0"),
         (["evaluate", "--rows", "5"], "name the run directory before --rows"),
+        (["evaluate", "RUN", "--rows", "0"], "--rows must be at least 1, not 0"),
+        (["evaluate", "RUN", "--batch-size", "0"], "--batch-size must be at least 1, not 0"),
         (["data", "build", "--corpus", "prose"], "name the folder of the build before --corpus"),
         (["data", "build", "OUT", "--input", "nowhere"], "--input nowhere"),
     ],
@@ -106,6 +108,16 @@ def test_an_error_of_the_user_is_one_line_and_exit_code_2(args, message, capsys)
 def test_a_mistyped_flag_is_corrected(capsys):
     assert cli.main(["train", CONFIG, "--optimizer.learning-rat", "1"]) == 2
     assert "--optimizer.learning-rate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "goes_on"), [("train", True), ("data", True), ("evaluate", False)])
+def test_ctrl_c_says_whether_the_same_command_goes_on(command, goes_on, capsys, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, f"_{command}", interrupted)
+    assert cli.main([command]) == 130
+    assert ("the same command goes on" in said(capsys)) == goes_on
 
 
 def test_debug_shows_the_traceback(capsys, monkeypatch):

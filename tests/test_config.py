@@ -196,12 +196,29 @@ def test_a_wrong_flag_is_explained(flags, message, capsys):
         ({"phases": (PhaseConfig(9, seq_len=4096),)}, "seq_len 4096 is longer"),
         ({"phases": (PhaseConfig(9, batch_size=33),), "microbatches": 2}, "batch_size 33 cannot be cut"),
         ({"phases": (PhaseConfig(9, data=("nowhere",)),)}, "nowhere holds no finished"),
+        ({"objective": None}, "objective is None: it must be an objective's configuration"),
+        ({"objective": MaskedLM}, r"objective is <class .*: it must be an objective's configuration"),
+        ({"steps": 5.5}, "steps is 5.5: it must be int"),
+        ({"batch_size": True}, "batch_size is True: it must be int"),
+        ({"data": "prose"}, r"data is 'prose': it must be tuple\[str, \.\.\.\]; a tuple of one is written"),
+        ({"data": ["prose"]}, r"data is \['prose'\]: it must be tuple"),
+        ({"eval_rows": "all"}, "eval_rows is 'all': it must be int | None"),
+        ({"optimizer": {"learning_rate": 1e-3}}, "optimizer is {.*: it must be OptimizerConfig"),
+        ({"optimizer": OptimizerConfig(schedule="cosin")}, r"optimizer\.schedule is 'cosin': it must be Literal\['c"),
+        ({"optimizer": OptimizerConfig(groups=(3,))}, r"optimizer\.groups is \(3,\): it must be tuple"),
+        ({"objective": MaskedLM(encoder=replace(ENCODER, norm="rmsnorm"))}, r"objective\.encoder\.norm is 'rmsnorm'"),
     ],
 )
 def test_what_cannot_run_is_refused_with_the_fix(change, message):
     validate(RUN)
     with pytest.raises(ValueError, match=message):
         validate(replace(RUN, **change))
+
+
+def test_types_that_an_objective_of_ones_own_has_are_left_to_it():
+    validate(replace(RUN, objective=OwnObjective(), optimizer=OptimizerConfig(learning_rate=1)))  # an int is a float
+    with pytest.raises(ValueError, match=r"objective\.levels is \(\(1, 'x'\),\): it must be tuple"):
+        validate(replace(RUN, objective=OwnObjective(levels=((1, "x"),))))
 
 
 def test_rotary_positions_have_no_longest_row():
@@ -230,6 +247,13 @@ def test_json_keeps_types_and_numbers_exactly(tmp_path):
     save(config, tmp_path / "config.json")
     assert load(tmp_path / "config.json") == config
     assert not list(tmp_path.glob("*.tmp*"))
+
+
+def test_what_is_no_run_directory_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "nowhere", tmp_path / "file"):
+        with pytest.raises(ValueError, match=f"{path.name} is not the directory of a run"):
+            load(path / "config.json")
 
 
 def test_an_objective_of_ones_own_is_read_when_it_is_known_and_only_then(tmp_path):

@@ -257,9 +257,12 @@ def test_plain_lines_without_a_terminal_and_a_live_line_with_one(tmp_path, capsy
     assert out[0].startswith("step 10/40  loss 5.432  12.3k tokens/s  MFU 31.4%  data wait 2.0%  skipped 1  ETA 0:00:0")
     assert out[1:] == [f"evaluation at step 10/40  loss 5.5  {BASELINE} 6.5", "saved a checkpoint"]
     with MetricsWriter(tmp_path / "live", 40, console=Console(force_terminal=True, width=200)) as writer:
+        writer.say("before the first line")
         writer.train(10, values)
+        writer.tick(13)
         writer.say("saved a checkpoint")
     out = capsys.readouterr().out
     assert "\x1b[" in out
-    assert "loss 5.432" in out
+    assert "step 0/40  compiling" in out
+    assert "step 13/40  loss 5.432" in out
     assert "saved a checkpoint\n" in out.replace("\x1b[2K", "").replace("\r", "")

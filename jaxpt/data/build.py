@@ -30,9 +30,10 @@ from jaxpt.data.finish import KEY, part_arrays, write_rest, write_shards
 from jaxpt.data.jobs import run, say
 from jaxpt.data.manifest import Manifest, Split, is_local, write_atomically
 from jaxpt.data.tokenizer import Tokenizer, byte_tokenizer, open_tokenizer, sentencepiece_tokenizer
-from jaxpt.data.train_tokenizer import Sample, train_sentencepiece
+from jaxpt.data.train_tokenizer import Sample, check_vocab_size, train_sentencepiece
 
 _WORK = ".build"  # the folder of an unfinished build
+_UNKNOWN = 0.01  # the share of unknown tokens above which the build warns
 _SCANNED = 32  # how many times the tokenizer's sample is looked at to choose it
 
 
@@ -146,6 +147,8 @@ def _check(config: BuildConfig) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
     if config.workers is not None and config.workers < 1:
         raise ValueError(f"--workers must be at least 1, not {config.workers}")
+    if config.tokenizer is None and config.model != "byte":
+        check_vocab_size(config.vocab_size)  # now, and not after an hour of reading
 
 
 def _cores() -> int:
@@ -323,3 +326,7 @@ def _summary(manifest: Manifest) -> None:
         f"{manifest.path}: vocabulary of {manifest.vocab['size']:,} ids, {skipped:,} skipped, "
         f"{manifest.provenance['duplicates']:,} exact duplicates (kept)"
     )
+    vocab = manifest.load_vocab()
+    unknown = int(vocab.unigram_counts[vocab.unk]) / max(manifest.splits["train"].tokens, 1)
+    if unknown > _UNKNOWN:
+        say(f"warning: {unknown:.1%} of the training tokens are unknown to this tokenizer: was it made for other text?")

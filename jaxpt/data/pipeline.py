@@ -173,7 +173,7 @@ def check_continues(saved: dict[str, Any], current: dict[str, Any], step: int) -
     for i in range(max(len(before), len(now))):
         old, new = (side[i] if i < len(side) else {} for side in (before, now))
         changes += [
-            f"phase {i}: {name} was {old.get(name)!r} and is now {new.get(name)!r}"
+            f"phase {i}: {name} was {_told(old.get(name))} and is now {_told(new.get(name))}"
             for name in sorted(old.keys() | new.keys())
             if old.get(name) != new.get(name)
         ]
@@ -182,6 +182,13 @@ def check_continues(saved: dict[str, Any], current: dict[str, Any], step: int) -
             f"this run cannot be resumed with other data: {'; '.join(changes)}. Restore what changed, let a new phase "
             f"with from_step >= {step} begin what is new, or start another run"
         )
+
+
+def _told(value: Any) -> str:
+    """A value of a fingerprint for an error message; of a list of sources the weights and short digests."""
+    if isinstance(value, list) and all(isinstance(source, dict) for source in value):
+        return " + ".join(f"{source['weight']:g} x data of digest {source['data'][:12]}" for source in value)
+    return repr(value)
 
 
 def held_out(

@@ -63,6 +63,15 @@ def chunked(text: str) -> Iterator[str]:
         start = stop + (text[stop : stop + 1] == " ")  # SentencePiece puts a space before every example
 
 
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise ValueError where a vocabulary has no room for pieces beside what every trained model holds."""
+    if vocab_size < _FIXED + 36:
+        raise ValueError(
+            f"--vocab-size {vocab_size} is too small: {_FIXED} ids go to the special tokens, {SENTINELS} sentinels and "
+            f"the 256 bytes; take at least {_FIXED + 36} (or --model byte)"
+        )
+
+
 def train_sentencepiece(chunks: Iterable[str], vocab_size: int, model: Model) -> bytes:
     """Train a SentencePiece model with every special token and byte fallback; text is not normalised.
 
@@ -87,11 +96,7 @@ def train_sentencepiece(chunks: Iterable[str], vocab_size: int, model: Model) ->
         del characters[separate]
     if not characters:
         raise ValueError("there is no text to train a tokenizer on")
-    if vocab_size < _FIXED + 36:
-        raise ValueError(
-            f"--vocab-size {vocab_size} is too small: {_FIXED} ids go to the special tokens, {SENTINELS} sentinels and "
-            f"the 256 bytes; take at least {_FIXED + 36} (or --model byte)"
-        )
+    check_vocab_size(vocab_size)
     kept = _frequent(characters, vocab_size - _FIXED, model)
     others = dict.fromkeys((ord(c) for c in set("".join(examples)) - kept), "\n")
     writer = io.BytesIO()

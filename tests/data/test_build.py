@@ -283,6 +283,20 @@ def test_inputs_are_recorded(source):
 def test_impossible_settings(source, options, message):
     with pytest.raises(ValueError, match=message):
         build(config(source, **options))
+    assert not (source.parent.parent / "out").exists()  # refused before anything is read
+
+
+def test_a_tokenizer_that_does_not_know_the_text_is_told(source, capsys):
+    pytest.importorskip("tokenizers")
+    vocab = source.parent / "vocab.txt"
+    for words, warned in (
+        (["It", "goes", "on", "."], True),
+        (["document", *"abcdefghijklmnopqrstuvwxyz0123456789."], False),
+    ):
+        pieces = [*words, *(f"##{word}" for word in words)]
+        vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces]) + "\n")
+        build(config(source, out=f"out-{warned}", tokenizer=str(vocab)))
+        assert ("% of the training tokens are unknown to this tokenizer" in capsys.readouterr().err) == warned
 
 
 def test_a_dead_worker_is_explained():

@@ -323,6 +323,10 @@ def test_a_fingerprint_says_what_must_not_change(tmp_path, data):
     for one in changed:
         with pytest.raises(ValueError, match="cannot be resumed with other data"):
             check_continues(base, one.fingerprint(), step=1)
+    digests = [side["phases"][0]["sources"][0]["data"][:12] for side in (base, changed[0].fingerprint())]
+    message = f"phase 0: sources was 1 x data of digest {digests[0]} and is now 1 x data of digest {digests[1]}\\."
+    with pytest.raises(ValueError, match=message):
+        check_continues(base, changed[0].fingerprint(), step=1)
 
 
 def test_only_phases_to_come_may_differ(data):

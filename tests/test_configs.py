@@ -1,0 +1,119 @@
+"""Every file of configs/: at its published size it is traced, nothing is allocated; at a tiny size it learns."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from support import packed_batch, tiny, tiny_vocab
+
+from jaxpt.config import RunConfig, load_config, resolve_phases, validate
+from jaxpt.optimizer import OptimizerConfig
+from jaxpt.sharding import MeshConfig, check_rows, make_mesh
+from jaxpt.step import make_eval_step, make_train_step
+from jaxpt.train import Parts, make_parts
+from jaxpt.types import Batch, ObjectiveConfig, RowSpec, Vocab
+
+CONFIGS = {path.stem: path for path in sorted((Path(__file__).parent.parent / "configs").glob("*.py"))}
+
+# Published vocabulary, and parameters of the network with its output: Hugging Face's ...ForMaskedLM and ...ForCausalLM
+# of the same sizes count as many. The decoders of T5 and BART alone have no published count.
+PUBLISHED = {
+    "bert_tiny": (30522, 4_416_698),
+    "bert_mini": (30522, 11_201_594),
+    "bert_small": (30522, 17_519_674),
+    "bert_base": (30522, 109_514_298),
+    "bert_large": (30522, 335_174_458),
+    "roberta_base": (50265, 124_697_433),
+    "albert_base": (30000, 11_221_680),
+    "electra_small": (30522, 13_546_682),
+    "gpt2_small": (50257, 124_439_808),
+    "llama_1b": (128_256, 1_235_814_400),
+    "modernbert_base": (50_368, 149_655_232),
+}
+
+every_config = pytest.mark.parametrize("name", CONFIGS)
+
+
+@functools.cache
+def run_of(name: str) -> RunConfig:
+    return load_config(CONFIGS[name])
+
+
+def parts_of(config: RunConfig, vocab: Vocab) -> Parts:
+    return make_parts(config, vocab, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+
+
+def abstract_batch(rows: RowSpec, length: int, size: int) -> Batch:
+    """The shapes of a batch of the pipeline."""
+    small = packed_batch(rows, tiny_vocab(), 24)
+    shape = {1: (size,), 2: (size, rows.tokens(length))}
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(shape[leaf.ndim], leaf.dtype), small)
+
+
+@every_config
+def test_published_size(name: str):
+    """Every phase of the run can be traced as it stands: parameters, update and evaluation."""
+    config = run_of(name)
+    validate(replace(config, out="run"))
+    vocab_size, count = PUBLISHED.get(name, (config.vocab_size, None))
+    parts = parts_of(config, tiny_vocab(vocab_size))
+    shapes = jax.tree.leaves(parts.abstract.params)
+    assert count in (None, sum(leaf.size for leaf in shapes))
+    step = make_train_step(
+        parts.objective, parts.optimizer, parts.specs, seed=0, microbatches=config.microbatches,
+        spike_factor=config.spike_factor, averaging=config.optimizer.averaging,
+    )  # fmt: skip
+    for phase in resolve_phases(config):
+        assert phase.seq_len and phase.batch_size  # resolved
+        check_rows(phase.batch_size, config.microbatches, make_mesh(MeshConfig(data=8)))
+        batch = abstract_batch(parts.objective.rows, phase.seq_len, phase.batch_size)
+        state, measured = jax.eval_shape(step, parts.abstract, batch)
+        assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) == jax.tree.map(
+            lambda leaf: (leaf.shape, leaf.dtype), parts.abstract
+        )
+        assert measured.loss.shape == ()
+        batch = abstract_batch(parts.judge.rows, phase.seq_len, phase.batch_size)
+        sums = jax.eval_shape(
+            make_eval_step(parts.judge, seed=0), parts.abstract.params, parts.abstract.carry, parts.abstract.step, batch
+        )
+        assert {leaf.dtype for leaf in jax.tree.leaves(sums.losses)} == {np.dtype("float32")}
+
+
+@functools.cache
+def losses_at_tiny_size(objective: ObjectiveConfig, optimizer: OptimizerConfig) -> list[float]:
+    """The losses of 24 updates on one batch; sizes of one family are the same at tiny size and share a run."""
+    vocab = tiny_vocab()
+    config = RunConfig(objective, optimizer=optimizer, steps=24, batch_size=8, seq_len=24, out="run")
+    parts = parts_of(config, vocab)
+    step = jax.jit(make_train_step(parts.objective, parts.optimizer, parts.specs, seed=0))
+    state, losses, measured = parts.born(), [], None
+    batch = packed_batch(parts.objective.rows, vocab)
+    for _ in range(config.steps):
+        state, measured = step(state, batch)
+        losses.append(float(measured.loss))
+    assert measured is not None
+    assert int(measured.guard.applied) == config.steps
+    assert int(measured.guard.skipped) == 0
+    return losses
+
+
+ALIKE = {"roberta_base", "albert_base", "electra_small", "bart_base"}  # nearly the programs of bert and gpt2
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ALIKE)) for n in CONFIGS])
+def test_learns_at_tiny_size(name: str):
+    config = run_of(name)
+    # the published learning rate and its warm-up are for other sizes; all else is as published
+    rate = 1e-2 if config.optimizer.name == "adamw" else 1e-1
+    optimizer = replace(
+        config.optimizer, learning_rate=rate, schedule="constant", warmup_steps=0, decay_steps=0, schedule_steps=None
+    )
+    losses = losses_at_tiny_size(tiny(config.objective), optimizer)
+    assert losses[0] == pytest.approx(math.log(tiny_vocab().size), rel=0.5)
+    assert np.mean(losses[-6:]) < losses[0] - 0.1, losses
