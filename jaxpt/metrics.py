@@ -143,27 +143,26 @@ class Meter:
     """Speed of the run between two log lines.
 
     Args:
-      flops_per_step: model FLOPs of one step over the global batch, forward and backward; 0 if unknown.
       peak: FLOP/s of all devices together, see ``peak_flops``.
       seconds: wall-clock seconds that earlier processes of this run took (``MetricsWriter.seconds``).
 
-    >>> meter = Meter(flops_per_step=1e6, peak=1e12)
-    >>> meter.step(tokens=4096)
+    >>> meter = Meter(peak=1e12)
+    >>> meter.step(tokens=4096, flops=1e6)
     >>> sorted(meter.read())
     ['data_wait', 'mfu', 'seconds', 'tokens_per_second']
     """
 
-    def __init__(self, flops_per_step: float = 0.0, peak: float = 1.0, seconds: float = 0.0):
-        self.flops_per_step, self._peak = flops_per_step, peak  # the first may be set once it is known
+    def __init__(self, peak: float, seconds: float = 0.0):
+        self._peak = peak
         self._begin = time.perf_counter() - seconds
         self._reset()
 
     def _reset(self) -> None:
-        self._start, self._steps, self._tokens, self._waited, self._paused = time.perf_counter(), 0, 0.0, 0.0, 0.0
+        self._start, self._flops, self._tokens, self._waited, self._paused = time.perf_counter(), 0.0, 0.0, 0.0, 0.0
 
-    def step(self, tokens: float) -> None:
-        """Count one finished step of ``tokens`` non-padding tokens (global batch)."""
-        self._steps += 1
+    def step(self, tokens: float, flops: float) -> None:
+        """Count one finished step: its non-padding tokens and its useful FLOPs, both of the global batch."""
+        self._flops += flops
         self._tokens += tokens
 
     @contextlib.contextmanager
@@ -190,7 +189,7 @@ class Meter:
         training = max(now - self._start - self._paused, 1e-9)
         values = {
             "tokens_per_second": self._tokens / training,
-            "mfu": self._steps * self.flops_per_step / training / self._peak,
+            "mfu": self._flops / training / self._peak,
             "data_wait": min(self._waited / training, 1.0),
             "seconds": now - self._begin,
         }

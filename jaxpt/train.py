@@ -123,24 +123,23 @@ def describe(config: RunConfig, parts: Parts, phases: tuple[Phase, ...], mesh: M
     """Return what is about to run, for the person who started it."""
     count = sum(leaf.size for leaf in jax.tree.leaves(parts.abstract.params))
     sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "no axis split"
-    device = jax.devices()[0].device_kind
+    shapes = ", then ".join(f"{phase.batch_size} rows x {phase.length} tokens" for phase in phases)
     return (
-        f"{type(config.objective).__name__}, {count / 1e6:.1f} M parameters; "
-        f"{mesh.size} x {device} ({sizes}), {jax.process_count()} process(es); {config.steps} steps of "
-        f"{phases[0].batch_size} rows x {phases[0].length} tokens, {config.microbatches} microbatch(es); "
-        f"out {config.out}"
+        f"{type(config.objective).__name__}, {count:,} parameters; {mesh.size} x {jax.devices()[0].device_kind} "
+        f"({sizes}), {jax.process_count()} process(es); {config.steps} steps of {shapes}, "
+        f"{config.microbatches} microbatch(es); out {config.out}"
     )
 
 
-def step_flops(parts: Parts, row: Batch, batch_size: int) -> float:
+def step_flops(parts: Parts, row: Batch, phase: Phase) -> float:
     """Return the useful matrix FLOPs of one step: what corruption needs, and three times the forward pass.
 
     Args:
       parts: whose objective is measured.
-      row: one row of a batch, for its shapes.
-      batch_size: rows of the global batch.
+      row: one row of a batch of the phase, for its shapes.
+      phase: how many rows there are.
     """
-    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((batch_size, *leaf.shape[1:]), leaf.dtype), row)
+    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((phase.batch_size, *leaf.shape[1:]), leaf.dtype), row)
     state = parts.abstract
 
     def corrupt(state: TrainState, batch: Batch) -> Example:
@@ -191,10 +190,6 @@ def check_resume(old: RunConfig | None, config: RunConfig, before: dict, now: di
             f"Take them back, or start a run of its own: --out ANOTHER --init-from {config.out}"
         )
     check_continues(before, now, step)
-    if step >= config.steps:
-        raise ValueError(
-            f"the run in {config.out} is finished at step {step}: raise --steps to go on, or name another --out"
-        )
 
 
 # -------------------------------------------------------------------------------------------------- training
@@ -225,6 +220,11 @@ def open_run(
         saved = store.describe()  # before the arrays: what differs is better said in terms of the configuration
         check_resume(old, config, saved.metadata["data"], now, saved.step)
         restored = store.restore(parts.abstract)
+        if restored.step >= config.steps:
+            raise ValueError(
+                f"the run in {config.out} is finished at step {restored.step}: raise --steps to go on, or name "
+                f"another --out"
+            )
         notes = [f"refused checkpoint: {problem}" for problem in restored.refused]
         return Opened(parts, pipeline, restored.state, restored.step, [*notes, f"resuming at step {restored.step}"])
 
@@ -235,10 +235,14 @@ def open_run(
             raise ValueError(f"init_from: {config.init_from} is not the directory of a run (no config.json)")
         with Checkpoints(Path(config.init_from) / "checkpoints") as other:
             taken = other.restore_into(state.params)
+            theirs = other.describe(taken.step).metadata["tokenizer"]
         averaged = None if state.averaged is None else jax.tree.map(lambda leaf: leaf.copy(), taken.params)
         state = state._replace(params=taken.params, averaged=averaged)
-        notes.append(f"took {len(taken.taken)} parameters of {config.init_from}, step {taken.step}")
-        notes += [f"  not taken: {each}" for each in taken.left]
+        total = len(jax.tree.leaves(state.params))
+        notes.append(f"took {len(taken.taken)} of {total} parameters of {config.init_from}, step {taken.step}:")
+        notes += [f"  taken: {each}" for each in taken.taken] + [f"  not taken: {each}" for each in taken.left]
+        if theirs != pipeline.tokenizer:
+            notes.append("  beware: that run has another tokenizer, so its token embeddings stand for other words")
     return Opened(parts, pipeline, state, 0, notes)
 
 
@@ -280,17 +284,18 @@ def train(config: RunConfig) -> int:
         eval_step = jax.jit(make_eval_step(parts.judge, seed=config.seed), out_shardings=whole)
         rate = learning_rate_schedule(config.optimizer, config.steps)
         writer = closing.enter_context(MetricsWriter(folder, config.steps, resume_step=start or None, write=first))
-        for note in [describe(config, parts, phases, mesh), *notes]:
+        for note in [describe(config, parts, phases, mesh), *notes, "compiling; the first lines follow"]:
             writer.say(note)
         preemption = closing.enter_context(Preemption())
-        flops = step_flops(parts, pipeline.batch(start, slice(1)), pipeline.phase_at(start).batch_size)
-        meter = Meter(flops, peak, writer.seconds)
+        meter = Meter(peak, writer.seconds)
+        flops_of = {phase: step_flops(parts, pipeline.batch(phase.from_step, slice(1)), phase) for phase in phases}
 
         def report(step: int, measured: Measured) -> int:
             """Read a step's measurements, write its line when one is due; return how many were skipped in a row."""
             values = jax.device_get(measured)
             guard = values.guard
-            meter.step(float(values.tokens))
+            meter.step(float(values.tokens), flops_of[pipeline.phase_at(step - 1)])
+            writer.tick(step)
             if not values.ok:
                 writer.say(f"skipped step {step}: loss {values.loss:.4g}, gradient norm {values.grad_norm:.4g}")
             if step % config.log_every == 0 or step == config.steps:
@@ -319,13 +324,14 @@ def train(config: RunConfig) -> int:
             with meter.waiting():
                 batch = next(batches)
             state, measured = train_step(state, batch)
-            # the step before is read while this one runs: the device never waits for the host
+            # The step before is read while this one runs, so that the device never waits for the host. On a CPU,
+            # where this one is finished by now, its own measurements are read, and the speed is right.
             failing = report(*pending) if pending else 0
             pending = (step, measured)
             stop = preemption.requested(step)
             due = step == config.steps or (config.eval_every > 0 and step % config.eval_every == 0)
             save = step == config.steps or stop or step % config.checkpoint_every == 0
-            if due or save:
+            if due or save or jax.default_backend() == "cpu":
                 failing, pending = report(*pending), None
             if failing >= config.max_failing:
                 writer.say(
@@ -337,6 +343,7 @@ def train(config: RunConfig) -> int:
             loss = judge(step, state) if due else None
             if save:
                 metadata = {"config": configuration.to_json(config), "data": pipeline.fingerprint()}
+                metadata["tokenizer"] = pipeline.tokenizer
                 with meter.paused():
                     store.save(step, state, metadata, loss)
             if stop and step < config.steps:
@@ -385,7 +392,7 @@ def evaluate_run(
         sources = open_sources(data, config.vocab_size) if data else phase.sources
         if data:  # the same tokenizer, or the numbers mean nothing
             Pipeline([Phase(0, (*phase.sources, *sources), phase.length, 1)], RowSpec(), 0)
-        size = batch_size or phase.batch_size
+        size = phase.batch_size if batch_size is None else batch_size
         check_rows(size, 1, mesh)
         carry = parts.judge.start(restored.state, jax.random.key(config.seed)) if parts.judge.start else {}
         batches = held_out_batches(sources, parts.judge.rows, phase.length, size, rows, mesh)

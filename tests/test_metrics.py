@@ -131,17 +131,17 @@ def test_meter_counts_tokens_flops_and_waiting(monkeypatch):
     def tick(seconds):
         clock[0] += seconds
 
-    meter = Meter(flops_per_step=50.0, peak=100.0, seconds=7.0)
+    meter = Meter(peak=100.0, seconds=7.0)
     for _ in range(4):
         with meter.waiting():
             tick(0.5)
         tick(1.5)
-        meter.step(tokens=100)
+        meter.step(tokens=100, flops=50.0)
     with meter.paused():
         tick(30.0)
     assert meter.read() == {"tokens_per_second": 50.0, "mfu": 0.25, "data_wait": 0.25, "seconds": 45.0}
     tick(2.0)
-    meter.step(tokens=10)
+    meter.step(tokens=10, flops=50.0)
     assert meter.read() == {"tokens_per_second": 5.0, "mfu": 0.25, "data_wait": 0.0, "seconds": 47.0}
 
 

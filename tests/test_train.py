@@ -196,7 +196,9 @@ def test_another_objective_starts_from_a_run(finished: Path, data: str, tmp_path
     said = capsys.readouterr().out
     assert f"of {finished}, step 12" in said
     assert "not taken: head/transform/kernel" in said
-    assert "trunk" not in said  # the whole network is taken
+    assert "taken: trunk/embed/tokens" in said
+    assert "not taken: trunk" not in said
+    assert "another tokenizer" not in said
     last = lines(tmp_path / "causal")[-1]
     assert last["eval/loss"] < last["eval/unigram_loss"] - 0.5
     # every scored byte is a token here, but for the EOS of each document

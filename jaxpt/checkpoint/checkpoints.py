@@ -301,7 +301,7 @@ class Checkpoints:
                 self._refused.discard(saved.step)
                 return saved, arrays, refused
             refused.append(f"step {name}: {short(problems)}")
-            _log.warning("checkpoint refused: %s in %s", refused[-1], self.directory)
+            _log.info("checkpoint refused: %s in %s", refused[-1], self.directory)  # the caller has it, too
             if name.isdigit():
                 self._refused.add(int(name))
         raise self._none_usable(step, refused)
@@ -332,5 +332,8 @@ class Checkpoints:
     def _none_usable(self, step: Which, refused: list[str]) -> CheckpointError:
         which = "any step" if step in ("latest", "best") else f"step {step}"
         return CheckpointError(
-            f"cannot restore {which} of {self.directory}: " + ("\n  ".join(["", *refused]) or "there are none")
+            f"cannot restore {which} of {self.directory}"
+            + (f" (there are {', '.join(map(str, self.steps()))})" if self.steps() else "")
+            + ": "
+            + ("\n  ".join(["", *refused]) or "there are none")
         )

@@ -78,6 +78,7 @@ class Pipeline:
         self._manifests = _load_manifests(paths, rows)
         self._mixtures = [Mixture([source.weight for source in phase.sources]) for phase in phases]
         self.vocab: Vocab = _load_vocab([self._manifests[source.path] for source in phases[0].sources])
+        self.tokenizer: str = self._manifests[paths[0]].tokenizer["sha256"]
         self._readers = [
             [
                 SourceReader(self._manifests[source.path], split, rows, phase.length, (seed, i << 32 | k))
