@@ -351,6 +351,7 @@ def train(config: RunConfig) -> int:
                 writer.say(f"asked to stop: saved step {step}; the same command goes on from there")
                 return config.preemption_exit_code
         store.wait()
+        writer.say(f"finished: {folder} (loss.png, metrics.jsonl, checkpoints/); `jaxpt evaluate {folder}` measures it")
         return 0
 
 
