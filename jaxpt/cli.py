@@ -111,6 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         goes_on = args[:1] != ["evaluate"]
         print("jaxpt: interrupted" + "; the same command goes on from what is saved" * goes_on, file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read our output (head, less) has gone, and that is no fault
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        return 0
     except (ValueError, OSError) as error:
         if debug or not _for_the_user(error):
             traceback.print_exc()

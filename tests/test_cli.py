@@ -230,3 +230,13 @@ def test_distributed_without_others_says_what_to_set(capsys, monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     assert cli.main(["train", CONFIG, "--distributed"]) == 2
     assert "set JAX_COORDINATOR_ADDRESS" in said(capsys)
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    help_text = [sys.executable, "-m", "jaxpt", "train", CONFIG, "--help"]
+    with subprocess.Popen(help_text, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()  # as `| head` does
+        assert process.stderr.read() == b""
+        assert process.wait(100) == 0
