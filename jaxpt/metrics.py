@@ -278,7 +278,8 @@ class MetricsWriter:
     def tick(self, step: int) -> None:
         """Move the live line on to ``step``, between training lines; without a terminal there is none."""
         if self._progress:
-            self._progress.update(self._task, completed=step)
+            # until the first line there is nothing to show but that steps are being made
+            self._progress.update(self._task, completed=step, description=None if self._pace else "running")
 
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write one evaluation line, every key with the prefix ``eval/``, and redraw the picture."""

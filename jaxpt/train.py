@@ -180,7 +180,7 @@ def check_resume(old: RunConfig | None, config: RunConfig, before: dict, now: di
     Args:
       old, config: the configuration found in the run directory and the one asked for.
       before, now: ``Pipeline.fingerprint`` of the checkpoint and of the data as they are.
-      step: the restored step.
+      step: the newest step that is saved.
     """
     differences = configuration.resume_differences(old, config, step) if old else []
     if differences:

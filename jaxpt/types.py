@@ -61,8 +61,8 @@ class Batch(NamedTuple):
 
     tokens: Array  # [B, L] i32
     segment_ids: Array  # [B, L] i32: 1, 2, ... per document of the row, 0 = padding
-    positions: Array  # [B, L] i32, restart at 0 in each document
-    sentence_ids: Array  # [B, L] i32, restart at 0 in each document
+    positions: Array  # [B, L] i32, restart at 0 in each document (each piece, where rows cut one)
+    sentence_ids: Array  # [B, L] i32, likewise
     row_ids: Array  # [B] u32: the row's index in the global batch of this step
     source_ids: Array  # [B] i32: which data source the row came from
     valid: Array  # [B] f32: 0 for a filler row at the end of an evaluation

@@ -269,8 +269,15 @@ def _trained_tokenizer(config: BuildConfig, jobs: Sequence[parts.Part], work: Pa
             scanned += _total([job])
     run("sampling", parts.sample_part, chosen, workers, scanned, merge)
     assert config.model != "byte"
+    chunks = sample.chunks()
+    if not chunks:
+        shown = ", ".join(config.input[:3]) + (", ..." if len(config.input) > 3 else "")
+        raise ValueError(
+            f"there is no text to train a tokenizer on in {shown or config.corpus}: the files are empty or could not be "
+            f"read (format {config.format}, field {config.field!r}); --strict names the first fault"
+        )
     say(f"training a {config.model} tokenizer")
-    tokenizer = sentencepiece_tokenizer(train_sentencepiece(sample.chunks(), config.vocab_size, config.model))
+    tokenizer = sentencepiece_tokenizer(train_sentencepiece(chunks, config.vocab_size, config.model))
     if tokenizer.size < config.vocab_size:
         say(f"the text has pieces for a vocabulary of {tokenizer.size} ids only, not {config.vocab_size}")
     return tokenizer

@@ -310,3 +310,9 @@ def test_long_and_unspaced_documents(tmp_path):
     path.write_text("中文" * 300_000 + "\n" + "a" * 300_000 + "\n" + "short\n", encoding="utf-8")
     manifest = build(config(path, document="line", vocab_size=500, model="bpe", validation=0.0))
     assert [text for text, _ in read(manifest, "train")] == path.read_text().split("\n")[:-1]
+
+
+def test_nothing_to_train_a_tokenizer_on_is_said_with_the_file(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ValueError, match=r"tokenizer on in .*empty.txt: the files are empty"):
+        build(BuildConfig(out=str(tmp_path / "out"), input=(str(tmp_path / "empty.txt"),), workers=1))
