@@ -273,8 +273,8 @@ def _trained_tokenizer(config: BuildConfig, jobs: Sequence[parts.Part], work: Pa
     if not chunks:
         shown = ", ".join(config.input[:3]) + (", ..." if len(config.input) > 3 else "")
         raise ValueError(
-            f"there is no text to train a tokenizer on in {shown or config.corpus}: the files are empty or could not be "
-            f"read (format {config.format}, field {config.field!r}); --strict names the first fault"
+            f"there is no text to train a tokenizer on in {shown or config.corpus}: the files are empty or could not "
+            f"be read (format {config.format}, field {config.field!r}); --strict names the first fault"
         )
     say(f"training a {config.model} tokenizer")
     tokenizer = sentencepiece_tokenizer(train_sentencepiece(chunks, config.vocab_size, config.model))
