@@ -117,6 +117,17 @@ def initializer_of(tree: Tree) -> Callable[[Key], Params]:
     return init
 
 
+def platform() -> str:
+    """What the program that is being traced will run on: "cpu", "gpu" or "tpu".
+
+    The ambient mesh (``jax.set_mesh``) knows, also where it is the mesh of a machine that is not here.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    name = jax.default_backend() if device is None else device.platform
+    return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
+
+
 def constrain(x: Array, *names: str | None) -> Array:
     """Pin the sharding of an activation by AXIS_RULES on the ambient mesh (``jax.set_mesh``).
 
