@@ -22,7 +22,6 @@ def config() -> RunConfig:
         norm="rms",
         positions="rotary",
         activation="gelu_tanh",
-        layers="unroll",  # shallow and on a CPU
     )
     return RunConfig(
         objective=CausalLM(decoder=decoder),

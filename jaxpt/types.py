@@ -98,6 +98,14 @@ class Sums(NamedTuple):
     stats: dict[str, Array]
 
 
+class Everyone(NamedTuple):
+    """A mark without leaves, so known while tracing: all ranks are 0."""
+
+
+class RowOrder(NamedTuple):
+    """A mark without leaves, so known while tracing: the rank of a query and of a key is its place in the row."""
+
+
 class AttentionPattern(NamedTuple):
     """Who sees whom, in a few integers per token.
 
@@ -111,10 +119,36 @@ class AttentionPattern(NamedTuple):
     key_segments: Array  # [R, L] i32
     query_ranks: Array  # [R, Q] i32
     key_ranks: Array  # [R, L] i32
-    query_positions: Array  # [R, Q] i32, for windows
+    query_positions: Array  # [R, Q] i32, for windows and relative biases
     key_positions: Array  # [R, L] i32
     query_groups: Array | None = None  # [R, Q] i32, 0 = none
     key_groups: Array | None = None  # [R, L] i32
+    order: Everyone | RowOrder | None = None  # what its maker knows of the ranks, for kernels with static masks
+
+
+class Readout(NamedTuple):
+    """Logits over the vocabulary before they are multiplied out: ``hidden @ table.T + bias``.
+
+    They are the largest arrays of a step, so that the loss takes them in pieces (``linear_cross_entropy``); what
+    needs them whole calls ``logits_of``.
+    """
+
+    hidden: Array  # [..., E] of the compute dtype, in which the product is taken; sums are float32
+    table: Array  # [V, E] f32
+    bias: Array | None = None  # [V] f32
+
+
+class View(NamedTuple):
+    """One sequence that a network reads and what is asked of it, for a person to look at (`jaxpt show`)."""
+
+    tokens: Array  # [R, L] i32
+    segment_ids: Array  # [R, L] i32, 0 = padding
+    positions: Array  # [R, L] i32, as the network is told
+    pattern: AttentionPattern | None = None  # who sees whom
+    targets: Array | None = None  # [R, K] i32: tokens, or classes where ``classes`` names them
+    target_positions: Array | None = None  # [R, K] i32: the places in ``tokens`` that predict; None = place k for k
+    weights: Array | None = None  # [R, K] f32
+    classes: tuple[str, ...] = ()
 
 
 class Snapshot(NamedTuple):
@@ -255,6 +289,7 @@ class Objective(NamedTuple):
     start: Callable[[Params, Key], Tree] | None = None
     advance: Callable[[Snapshot, dict[str, Array], Example], tuple[Params, Tree]] | None = None
     summary: Callable[[Sums], dict[str, Array]] | None = None
+    views: Callable[[Snapshot, Example], dict[str, View]] | None = None  # for people; nothing is trained by it
 
 
 @runtime_checkable

@@ -72,6 +72,7 @@ def tiny(value: Any) -> Any:
             max_length=max(64, min(value.max_length, 64)),
             window=None if value.window is None else 4,
             dtype="float32",
+            layers="scan",  # as accelerators run them
         )
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.replace(
@@ -79,4 +80,16 @@ def tiny(value: Any) -> Any:
         )
     if isinstance(value, tuple):
         return tuple(tiny(entry) for entry in value)
+    return value
+
+
+def with_attention(value: Any, form: str) -> Any:
+    """The same configuration with every network attending in this form, and no dropout of attention weights."""
+    if isinstance(value, TransformerConfig):
+        return dataclasses.replace(value, attention=form, attention_dropout=0.0)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [field.name for field in dataclasses.fields(value) if field.init]
+        return dataclasses.replace(value, **{name: with_attention(getattr(value, name), form) for name in fields})
+    if isinstance(value, tuple):
+        return tuple(with_attention(entry, form) for entry in value)
     return value

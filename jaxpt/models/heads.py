@@ -1,18 +1,16 @@
-"""Prediction heads: from hidden states to logits over the vocabulary."""
+"""Prediction heads: from hidden states to what the logits over the vocabulary are made of."""
 
 from __future__ import annotations
 
 import functools
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxpt.models.blocks import kernel_init
 from jaxpt.models.config import TransformerConfig
 from jaxpt.models.layers import ACTIVATIONS, Dense, Norm, zeros
 from jaxpt.models.params import Declared, constrain, initializer_of, param, specs_of, split
-from jaxpt.types import Array, Network, Params
+from jaxpt.types import Array, Network, Params, Readout
 
 
 class Head(nnx.Module):
@@ -31,8 +29,8 @@ class Head(nnx.Module):
         self.table = None if c.tie_embeddings else param(shape, ("vocab", "embed"), "kernel", kernel_init(c, width))
         self.bias = param((vocab_size,), ("vocab",), "bias", zeros) if c.logits_bias else None
 
-    def __call__(self, hidden: Array, table: Array | None) -> Array:
-        """Float32 logits [..., V] from hidden [..., D]."""
+    def __call__(self, hidden: Array, table: Array | None) -> Readout:
+        """The logits over the vocabulary, not multiplied out, from hidden [..., D]."""
         x = hidden.astype(self.config.dtype)
         if self.transform is not None and self.norm is not None:
             x = self.norm(ACTIVATIONS[self.config.activation](self.transform(x)))
@@ -43,22 +41,23 @@ class Head(nnx.Module):
         if self.table is not None:
             table = self.table[...]
         assert table is not None, "a tied head needs the token table"
-        kernel = constrain(table, "vocab", None).astype(x.dtype)
-        contract = (((x.ndim - 1,), (1,)), ((), ()))
-        logits = jax.lax.dot_general(x, kernel, contract, preferred_element_type=jnp.float32)
-        return logits if self.bias is None else logits + self.bias[...]
+        # split over fsdp by width, as any kernel is: gathered before it is used
+        return Readout(x, constrain(table, "vocab", None), None if self.bias is None else self.bias[...])
 
 
 def lm_head(config: TransformerConfig, vocab_size: int) -> Network:
     """The projection to the vocabulary, tied to the token table or with a table of its own.
 
-    ``apply(params, hidden [..., D], table [V, E] or None)`` returns float32 logits [..., V]. ``table`` is
-    ``embedding_table(params_of_the_network)``; an untied head ignores it.
+    ``apply(params, hidden [..., D], table [V, E] or None)`` returns a ``Readout``: ``linear_cross_entropy`` makes
+    losses of it, ``logits_of`` float32 logits [..., V]. ``table`` is ``embedding_table(params_of_the_network)``; an
+    untied head ignores it.
 
     Example:
+      >>> import jax, jax.numpy as jnp
       >>> head = lm_head(TransformerConfig(depth=1, width=4, heads=1, tie_embeddings=False), vocab_size=7)
-      >>> head.apply(head.init(jax.random.key(0)), jnp.ones((2, 3, 4)), None).shape
-      (2, 3, 7)
+      >>> readout = head.apply(head.init(jax.random.key(0)), jnp.ones((2, 3, 4)), None)
+      >>> readout.hidden.shape, readout.table.shape
+      ((2, 3, 4), (7, 4))
     """
     return _network(split(Head(config, vocab_size, transform=False)))
 
@@ -72,5 +71,5 @@ def _network(head: Declared[Head]) -> Network:
     return Network(specs_of(head.tree), initializer_of(head.tree), functools.partial(_apply, head))
 
 
-def _apply(head: Declared[Head], params: Params, hidden: Array, table: Array | None = None) -> Array:
+def _apply(head: Declared[Head], params: Params, hidden: Array, table: Array | None = None) -> Readout:
     return head.bind(params)(hidden, table)

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 
 import jax.numpy as jnp
 
-from jaxpt.losses.cross_entropy import cross_entropy, z_loss
+from jaxpt.losses.cross_entropy import linear_cross_entropy, z_loss
 from jaxpt.losses.token_metrics import token_metrics, token_sums, token_tables
-from jaxpt.models.attention import causal
 from jaxpt.models.config import TransformerConfig
 from jaxpt.models.heads import lm_head
+from jaxpt.models.patterns import causal
 from jaxpt.models.presets import gpt2
 from jaxpt.models.transformer import embedding_table, transformer
 from jaxpt.objectives.parts import check, check_length, initializer_of, specs_of, without_dropout
@@ -67,8 +67,8 @@ class CausalLM:
             inputs, params = example.inputs, snapshot.params
             pattern = causal(inputs["segment_ids"], inputs["positions"])
             hidden_RLD = decoder.apply(params["trunk"], inputs["tokens"], pattern, inputs["positions"], keys=keys)
-            logits_RLV = head.apply(params["head"], hidden_RLD, embedding_table(params["trunk"]))
-            result = cross_entropy(logits_RLV, inputs["targets"], self.label_smoothing)
+            readout = head.apply(params["head"], hidden_RLD, embedding_table(params["trunk"]))
+            result = linear_cross_entropy(readout, inputs["targets"], self.label_smoothing)
             losses = {"lm": result.loss} | ({"z_loss": z_loss(result.log_normalizer)} if self.z_loss else {})
             return Out(losses, token_sums(result, inputs["targets"], example.weights["lm"], tables))
 

@@ -20,11 +20,11 @@ from jaxpt.corruption.replace import draw_replacement
 from jaxpt.corruption.replace import replace as replace_tokens
 from jaxpt.corruption.rows import describe, ordinary_ids, row_keys, starts_of, unit_ids
 from jaxpt.corruption.selection import FixedCount, Selection
-from jaxpt.losses.cross_entropy import cross_entropy
+from jaxpt.losses.cross_entropy import linear_cross_entropy
 from jaxpt.losses.token_metrics import token_metrics, token_sums, token_tables
-from jaxpt.models.attention import bidirectional
 from jaxpt.models.config import TransformerConfig
 from jaxpt.models.heads import mlm_head
+from jaxpt.models.patterns import bidirectional
 from jaxpt.models.presets import bert
 from jaxpt.models.transformer import embedding_table, transformer
 from jaxpt.objectives.parts import at, check, check_length, initializer_of, linear, specs_of, without_dropout
@@ -110,8 +110,8 @@ class MaskedLM:
             pattern = bidirectional(inputs["segment_ids"], inputs["positions"])
             hidden_RLD = encoder.apply(params["trunk"], inputs["tokens"], pattern, inputs["positions"], keys=keys)
             hidden_RKD = at(hidden_RLD, inputs["target_positions"])
-            logits_RKV = head.apply(params["head"], hidden_RKD, embedding_table(params["trunk"]))
-            result = cross_entropy(logits_RKV, inputs["targets"], self.label_smoothing)
+            readout = head.apply(params["head"], hidden_RKD, embedding_table(params["trunk"]))
+            result = linear_cross_entropy(readout, inputs["targets"], self.label_smoothing)
             return Out({"mlm": result.loss}, token_sums(result, inputs["targets"], example.weights["mlm"], tables))
 
         def summary(sums: Sums) -> dict[str, Array]:

@@ -57,6 +57,49 @@ def test_dense_sums_in_float32():
     assert gradient.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("biased", [True, False])
+def test_the_gradients_of_dense_equal_those_of_plain_products(biased):
+    rng = np.random.default_rng(2)
+    x, kernel, bias = (jnp.float32(rng.standard_normal(shape)) for shape in ((2, 3, 5), (5, 4), (4,)))
+    pull = jnp.float32(rng.standard_normal((2, 3, 4)))
+    rest = (bias,) if biased else ()
+    wanted = jax.grad(lambda x, k, *b: jnp.vdot(pull, x @ k + sum(b)), argnums=range(2 + biased))(x, kernel, *rest)
+    given = jax.grad(lambda *args: jnp.vdot(pull, dense(*args)), argnums=range(2 + biased))(x, kernel, *rest)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), given, wanted)
+
+
+def test_dense_multiplies_in_the_dtype_of_its_input_in_both_directions():
+    """Every product of forward and backward pass has bfloat16 operands and float32 sums."""
+    x, kernel, bias = jnp.ones((2, 3, 5), jnp.bfloat16), jnp.ones((5, 4)), jnp.ones(4)
+    program = jax.make_jaxpr(jax.grad(lambda *args: dense(*args).astype(jnp.float32).sum(), (0, 1, 2)))(x, kernel, bias)
+    text = str(program)
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(products) >= 3 and all("preferred_element_type=float32" in text for _ in products)
+    assert [out.aval.dtype for out in program.jaxpr.outvars] == [jnp.bfloat16, jnp.float32, jnp.float32]
+    kinds = {(v.aval.dtype) for e in program.jaxpr.eqns if e.primitive.name == "dot_general" for v in e.invars}
+    assert kinds == {jnp.dtype("bfloat16")}
+
+
+def test_dropout_bits_are_fair_and_independent():
+    """Neighbours, rows, layers' keys and sites: every pair of masks agrees as often as coins do."""
+    keys = jax.random.split(jax.random.key(5), 64)
+    x = jnp.ones((64, 64, 64))
+    masks = np.stack([np.asarray(dropout(x, keys, 0.5, site)) > 0 for site in range(4)])  # site, row, 64, 64
+    error = 5 / math.sqrt(masks[0].size)
+    assert abs(masks.mean() - 0.5) < error
+    for first, second in (
+        (masks[..., 1:], masks[..., :-1]),  # neighbours in the row
+        (masks[:, :, 1:], masks[:, :, :-1]),
+        (masks[:, 1:], masks[:, :-1]),  # rows
+        (masks[1:], masks[:-1]),  # sites
+    ):
+        assert abs((first == second).mean() - 0.5) < error
+    of_places = masks.reshape(256, 4096).mean(0)  # a fair coin at every place
+    assert abs(of_places.std() - 0.5 / 16) < 0.002
+    of_rows = masks.reshape(256, 4096).mean(1)
+    assert abs(of_rows.std() - 0.5 / 64) < 0.002
+
+
 def test_dropout_frequency_and_expectation():
     keys = jax.random.split(jax.random.key(0), 3)
     dropped = np.asarray(dropout(jnp.ones((3, 100, 100)), keys, 0.3, 0))

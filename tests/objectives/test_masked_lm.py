@@ -13,9 +13,10 @@ import pytest
 from support import packed_batch, tiny_vocab
 
 from jaxpt.corruption.selection import FixedCount, Independent, Spans, WholeWord
-from jaxpt.models.attention import bidirectional
+from jaxpt.losses.cross_entropy import logits_of
 from jaxpt.models.config import TransformerConfig
 from jaxpt.models.heads import mlm_head
+from jaxpt.models.patterns import bidirectional
 from jaxpt.models.transformer import embedding_table, transformer
 from jaxpt.objectives.masked_lm import MaskedLM
 from jaxpt.step import batch_gradient, finish, make_example
@@ -156,7 +157,7 @@ def full_logits_loss(params: dict, example: Example, mask: np.ndarray) -> jax.Ar
     encoder, head = transformer(ENCODER, VOCAB.size), mlm_head(ENCODER, VOCAB.size)
     pattern = bidirectional(inputs["segment_ids"], inputs["positions"])
     hidden = encoder.apply(params["trunk"], inputs["tokens"], pattern, inputs["positions"])
-    logits = head.apply(params["head"], hidden, embedding_table(params["trunk"]))
+    logits = logits_of(head.apply(params["head"], hidden, embedding_table(params["trunk"])))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(BATCH.tokens))
     return jnp.sum(losses * mask) / mask.sum()
 
