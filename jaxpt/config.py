@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from jaxpt.data.manifest import Manifest, write_atomically
-from jaxpt.optimizer import OptimizerConfig, learning_rate_schedule
+from jaxpt.optimizer import OptimizerConfig, check_optimizer
 from jaxpt.sharding import MeshConfig
 from jaxpt.types import ObjectiveConfig
 
 BUILT_IN = ("prose", "code")  # corpora that are built from the installed packages when a run first asks for them
 
 # The fields that may change when a run is resumed; any other difference is refused. They cannot change what a
-# step computes beyond float rounding (mesh, microbatches, remat), or say how long and how often (steps stretches
+# step computes beyond float rounding (mesh, microbatches, remat, layers), or say how long and how often (steps stretches
 # a schedule whose `optimizer.schedule_steps` is None). Two more rules are in `resume_differences`: data may move
 # to another path (its digest is compared when it is opened), and phases may be appended.
 MAY_CHANGE = (
@@ -39,6 +39,8 @@ MAY_CHANGE = (
     "microbatches",
     "mesh.*",
     "objective*.remat",
+    "objective*.attention",
+    "objective*.layers",
     "log_every",
     "eval_every",
     "eval_rows",
@@ -46,6 +48,7 @@ MAY_CHANGE = (
     "keep",
     "keep_best",
     "max_failing",
+    "profile",
     "preemption_exit_code",
     "out",
 )
@@ -66,6 +69,8 @@ class PhaseConfig:
     """Tokens per row; None keeps what came before."""
     batch_size: int | None = None
     """Rows per batch; None keeps what came before."""
+    learning_rate: float | None = None
+    """The learning rate as a multiple of the schedule's; None keeps what came before (1 at first)."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,8 @@ class RunConfig:
     """Skip an update whose gradient norm exceeds this many times its moving average; 0 skips non-finite ones only."""
     max_failing: int = 20
     """Stop, with the last good checkpoint, after this many skipped updates in a row."""
+    profile: int = 0
+    """Trace this many steps into OUT/profile, after the first few of the process, for xprof or TensorBoard."""
     preemption_exit_code: int = 0
     """Exit code after a SIGTERM, once the checkpoint is saved; some schedulers restart a job by its code."""
     vocab_size: int = 8192
@@ -138,6 +145,11 @@ def resolve_phases(config: RunConfig) -> tuple[PhaseConfig, ...]:
         given = {name: value for name, value in vars(phase).items() if value is not None}
         phases.append(dataclasses.replace(phases[-1], **given))
     return tuple(phases)
+
+
+def rate_changes(config: RunConfig) -> tuple[tuple[int, float], ...]:
+    """The steps from which a phase gives the schedule's learning rate another factor, and the factors."""
+    return tuple((phase.from_step, phase.learning_rate) for phase in config.phases if phase.learning_rate is not None)
 
 
 # ------------------------------------------------------------------------------------- load and override
@@ -202,10 +214,14 @@ def override(config: RunConfig, args: Sequence[str], prog: str = "jaxpt train CO
 # ---------------------------------------------------------------------------------------------- validate
 
 
-def validate(config: RunConfig) -> None:
+def validate(config: RunConfig, *, data: bool = True) -> None:
     """Raise ValueError, with the cause and the fix, for a configuration that cannot run.
 
     What depends on the devices (``sharding.check_rows``) or the tokenizer (``objective.build``) is checked there.
+
+    Args:
+      config: of the run.
+      data: whether the data folders must be there.
     """
     _validate_types(config)
     for name in (
@@ -219,7 +235,7 @@ def validate(config: RunConfig) -> None:
         "max_failing",
     ):
         _check(getattr(config, name) >= 1, f"{name} is {getattr(config, name)}: it must be at least 1")
-    for name in ("eval_every", "keep_best", "seed"):
+    for name in ("eval_every", "keep_best", "seed", "profile"):
         _check(getattr(config, name) >= 0, f"{name} is {getattr(config, name)}: it cannot be negative")
     _check(config.seed < 2**32, f"seed is {config.seed}: it must be below 2**32")
     _check(config.eval_rows is None or config.eval_rows >= 1, f"eval_rows is {config.eval_rows}: 1 or more, or None")
@@ -233,8 +249,10 @@ def validate(config: RunConfig) -> None:
     for phase in resolve_phases(config):
         _check(phase.from_step >= begin, f"a phase begins at step {phase.from_step}, but one before it at {begin - 1}")
         begin = phase.from_step + 1
-        _validate_rows(config, phase)
-    learning_rate_schedule(config.optimizer, config.steps)  # raises where warm-up and decay do not fit
+        factor = phase.learning_rate
+        _check(factor is None or factor >= 0, f"learning_rate of a phase is {factor}: a multiple of the schedule's")
+        _validate_rows(config, phase, data=data)
+    check_optimizer(config.optimizer, config.steps)
 
 
 def _validate_types(config: RunConfig) -> None:
@@ -272,7 +290,7 @@ def _fits(value: Any, hint: Any) -> bool:
     return True
 
 
-def _validate_rows(config: RunConfig, phase: PhaseConfig) -> None:
+def _validate_rows(config: RunConfig, phase: PhaseConfig, *, data: bool) -> None:
     assert phase.data is not None and phase.seq_len is not None and phase.batch_size is not None  # resolved
     _check(phase.seq_len >= 1 and phase.batch_size >= 1, "seq_len and batch_size of a phase must be at least 1")
     _check(
@@ -291,7 +309,7 @@ def _validate_rows(config: RunConfig, phase: PhaseConfig) -> None:
     _check(bool(phase.data), f"data is empty: name a data folder, or {' or '.join(BUILT_IN)}")
     for path, weight in map(parse_source, phase.data):
         _check(0 < weight < float("inf"), f"data {path} has weight {weight}: weights are positive numbers")
-        if path in BUILT_IN:
+        if path in BUILT_IN or not data:
             continue
         try:
             Manifest.load(path)

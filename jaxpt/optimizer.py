@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpt.types import FROZEN, ParamSpec, Role, Tree
+from jaxpt.types import FROZEN, Params, ParamSpec, Role, Tree
 
+OptimizerName = Literal["adamw", "adafactor", "lamb", "lion", "muon", "schedule_free"]
 ScheduleName = Literal["constant", "cosine", "linear", "inverse_sqrt", "wsd"]
 Path = tuple[object, ...]
+Transformation = optax.GradientTransformation
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,13 @@ class ParameterGroup:
 class OptimizerConfig:
     """How parameters are updated."""
 
-    name: Literal["adamw", "adafactor"] = "adamw"
-    """"adamw" (Loshchilov & Hutter 2019) or "adafactor" (Shazeer & Stern 2018: factored second moments)."""
+    name: OptimizerName = "adamw"
+    """adamw (Loshchilov & Hutter 2019), adafactor (Shazeer & Stern 2018: factored second moments), lamb (You et al.
+    2020: big batches), lion (Chen et al. 2023: one moment), muon (Jordan 2024: matrices orthogonalised; all else by
+    AdamW) or schedule_free (Defazio et al. 2024: AdamW without a decaying rate; its averages are evaluated)."""
     learning_rate: float = 1e-3
-    """The peak of the schedule. Adafactor multiplies it by the scale of each parameter."""
+    """The peak of the schedule. Adafactor and LAMB multiply it by the scale of each parameter; Lion wants 3 to 10
+    times less than AdamW (and as much more weight decay)."""
     schedule: ScheduleName = "cosine"
     """What follows the linear warm-up: constant, cosine, linear, inverse_sqrt, or wsd (warm-up, stable, decay)."""
     warmup_steps: int = 0
@@ -51,13 +56,18 @@ class OptimizerConfig:
     schedule_steps: int | None = None
     """The update at which the schedule ends; None takes the run's `steps`. Set it when a run may be prolonged."""
     beta1: float = 0.9
-    """Decay of AdamW's first moment."""
-    beta2: float = 0.999
-    """Decay of AdamW's second moment."""
-    epsilon: float = 1e-8
-    """Added to the root of AdamW's second moment."""
+    """Decay of the first moment (AdamW, LAMB, Lion); schedule_free's share of the average where gradients are taken."""
+    beta2: float | None = None
+    """Decay of the second moment, of Lion's momentum; None takes the paper's: 0.99 for Lion, 0.999 for the others."""
+    epsilon: float | None = None
+    """Added to the root of the second moment; None takes the paper's: 1e-6 for LAMB, 1e-8 for the others."""
+    momentum: float = 0.95
+    """Decay of Muon's Nesterov momentum."""
+    muon_rms: float | None = 0.2
+    """Muon's updates have about this root mean square at learning rate 1, so that AdamW's learning rate and decay serve
+    both (Liu et al. 2025). None scales by sqrt(max(1, out / in)) instead (Jordan 2024), with rates of about 0.02."""
     weight_decay: float = 0.01
-    """Decoupled weight decay. AdamW scales it by the learning rate; so does our Adafactor."""
+    """Decoupled weight decay, scaled by the learning rate."""
     decay_roles: tuple[Role, ...] = ("kernel", "embedding")
     """The roles of the parameters that decay; biases and norms do not by default."""
     clip_norm: float | None = 1.0
@@ -68,12 +78,38 @@ class OptimizerConfig:
     """Parameter groups with settings of their own; the first match counts."""
 
 
-def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+def check_optimizer(config: OptimizerConfig, steps: int) -> None:
+    """Raise ValueError, with the cause and the fix, for settings that cannot be.
+
+    Args:
+      config: the run's optimizer.
+      steps: the run's length.
+    """
+    learning_rate_schedule(config, steps)
+    if config.name == "schedule_free":
+        if config.schedule != "constant":
+            raise ValueError(
+                f"optimizer.schedule is {config.schedule}, but schedule_free averages instead of lowering the learning "
+                f"rate: set --optimizer.schedule constant, with --optimizer.warmup-steps"
+            )
+        if config.averaging:
+            raise ValueError("optimizer.averaging must be 0 with schedule_free: it keeps an average of its own")
+        if not 0 < config.beta1 < 1:
+            raise ValueError(f"optimizer.beta1 is {config.beta1}: schedule_free needs it between 0 and 1")
+    if config.muon_rms is not None and config.muon_rms <= 0:
+        raise ValueError(f"optimizer.muon_rms is {config.muon_rms}: it must be positive, 0.2 for example, or None")
+
+
+Changes = Sequence[tuple[int, float]]  # (update, factor): from that update on, the schedule's rate times the factor
+
+
+def learning_rate_schedule(config: OptimizerConfig, steps: int, changes: Changes = ()) -> optax.Schedule:
     """Return the learning rate as a function of the number of applied updates.
 
     Args:
       config: peak, shape, warm-up and floor.
       steps: the run's length, where the configuration does not set the schedule's own.
+      changes: factors upon the schedule, in order; each replaces the one before.
 
     Raises:
       ValueError: warm-up and decay do not fit into the schedule.
@@ -106,9 +142,11 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
         after = optax.join_schedules(
             [optax.constant_schedule(peak), optax.linear_schedule(peak, peak * floor, decay)], [rest - decay]
         )
-    if not warmup:
-        return after
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+    whole = optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
+    if not changes:
+        return whole
+    begins, factors = [begin for begin, _ in changes], [1.0, *(factor for _, factor in changes)]
+    return lambda count: whole(count) * jnp.array(factors)[jnp.sum(count >= jnp.array(begins))]
 
 
 def path_name(path: Path) -> str:
@@ -156,31 +194,67 @@ def restore_frozen(part: Tree, params: Tree) -> Tree:
     return jax.tree.map(lambda a, b: b if a is None else a, part, params, is_leaf=lambda leaf: leaf is None)
 
 
-def per_layer(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+def per_layer(transform: Transformation) -> Transformation:
     """Return a transformation of stacked leaves [N, ...] that treats each of the N layers as a tensor of its own."""
 
     def update(updates: Tree, state: Tree, params: Tree | None = None) -> tuple[Tree, Tree]:
         return jax.vmap(transform.update)(updates, state, params)
 
-    return optax.GradientTransformation(jax.vmap(transform.init), update)
+    return Transformation(jax.vmap(transform.init), update)
 
 
-def _adafactor(config: OptimizerConfig, decay: float, rate: optax.Schedule) -> optax.GradientTransformation:
-    # optax.adafactor in the same order, but with the weight decay scaled by the learning rate, as AdamW's is
-    return optax.chain(
-        optax.scale_by_factored_rms(),
-        optax.clip_by_block_rms(1.0),
-        optax.scale_by_param_block_rms(),
-        optax.add_decayed_weights(decay),
-        optax.scale_by_learning_rate(rate),
-    )
+def _transform(config: OptimizerConfig, method: str, decay: float, rate: optax.Schedule) -> Transformation:
+    """Return one method of Optax, its weight decay scaled by the learning rate.
+
+    The methods that look at a whole tensor (adafactor, lamb) take one layer; muon takes matrices with any axes before.
+    """
+    beta2 = (0.99 if method == "lion" else 0.999) if config.beta2 is None else config.beta2
+    epsilon = (1e-6 if config.name == "lamb" else 1e-8) if config.epsilon is None else config.epsilon
+    if method == "adafactor":
+        # optax.adafactor in the same order, but with the weight decay scaled by the learning rate, as AdamW's is
+        return optax.chain(
+            optax.scale_by_factored_rms(),
+            optax.clip_by_block_rms(1.0),
+            optax.scale_by_param_block_rms(),
+            optax.add_decayed_weights(decay),
+            optax.scale_by_learning_rate(rate),
+        )
+    if method == "lamb":
+        return optax.lamb(rate, b1=config.beta1, b2=beta2, eps=epsilon, weight_decay=decay)
+    if method == "lion":
+        return optax.lion(rate, b1=config.beta1, b2=beta2, weight_decay=decay)
+    if method == "muon":
+        # Optax by itself takes every rank-2 leaf for a matrix, so it would miss stacked layers and hit stacked norms
+        matrices = lambda params: jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), params)  # noqa: E731
+        return optax.contrib.muon(
+            rate,
+            beta=config.momentum,
+            weight_decay=decay,
+            muon_weight_dimension_numbers=matrices,
+            consistent_rms=config.muon_rms,
+        )
+    if method == "schedule_free":  # what it wraps: AdamW without a first moment
+        return optax.chain(
+            optax.scale_by_rms(decay=beta2, eps=epsilon, eps_in_sqrt=False, bias_correction=True),
+            optax.add_decayed_weights(decay),
+            optax.scale_by_learning_rate(rate),
+        )
+    return optax.adamw(rate, b1=config.beta1, b2=beta2, eps=epsilon, weight_decay=decay)
 
 
-def _adamw(config: OptimizerConfig, decay: float, rate: optax.Schedule) -> optax.GradientTransformation:
-    return optax.adamw(rate, b1=config.beta1, b2=config.beta2, eps=config.epsilon, weight_decay=decay)
+def _method(config: OptimizerConfig, spec: ParamSpec) -> str:
+    """Return how a parameter is updated: as the run's optimizer says, or by AdamW where that is not meant for it."""
+    if config.name == "muon":
+        matrix = spec.role == "kernel" and sum(name != "layers" for name in spec.axes) >= 2
+        return "muon" if matrix and "vocab" not in spec.axes else "adamw"  # an output table is an embedding, too
+    if config.name == "lamb" and spec.role not in config.decay_roles:
+        return "adamw"  # as in the authors' code: under a trust ratio, biases that begin at 0 could hardly grow
+    return config.name
 
 
-def make_optimizer(config: OptimizerConfig, specs: Tree, shapes: Tree, steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, specs: Tree, shapes: Tree, steps: int, changes: Changes = ()
+) -> Transformation:
     """Return the gradient transformation of a run, over the trainable part of the parameters.
 
     Args:
@@ -188,27 +262,46 @@ def make_optimizer(config: OptimizerConfig, specs: Tree, shapes: Tree, steps: in
       specs: tree of ParamSpec with groups assigned.
       shapes: the parameters or their ShapeDtypeStructs.
       steps: the run's length.
+      changes: of the learning rate, as in ``learning_rate_schedule``.
 
     Raises:
       ValueError: settings that cannot be.
     """
-    schedule = learning_rate_schedule(config, steps)
+    check_optimizer(config, steps)
+    schedule = learning_rate_schedule(config, steps, changes)
     groups = {group.match: group for group in config.groups}
-    build = {"adamw": _adamw, "adafactor": _adafactor}[config.name]
-    parts: dict[Hashable, optax.GradientTransformation] = {}
+    parts: dict[Hashable, Transformation] = {}
 
     def label(spec: ParamSpec, leaf: jax.ShapeDtypeStruct) -> str:
         group = groups.get(spec.group, ParameterGroup(spec.group))
         decay = config.weight_decay if group.weight_decay is None else group.weight_decay
         decay = decay if spec.role in config.decay_roles else 0.0
-        # Statistics over a whole tensor (Adafactor's) must be taken layer by layer where layers are stacked.
-        stacked = leaf.shape[0] if config.name == "adafactor" and spec.axes[:1] == ("layers",) else 0
-        name = f"{spec.group} decay={decay} layers={stacked}"
+        method = _method(config, spec)
+        # Statistics over a whole tensor must be taken layer by layer where layers are stacked.
+        stacked = leaf.shape[0] if method in ("adafactor", "lamb") and spec.axes[:1] == ("layers",) else 0
+        name = f"{spec.group} {method} decay={decay} layers={stacked}"
         if name not in parts:
-            transform = build(config, decay, lambda step: group.learning_rate * schedule(step))
+            transform = _transform(config, method, decay, lambda step: group.learning_rate * schedule(step))
             parts[name] = per_layer(transform) if stacked else transform
         return name
 
     labels = jax.tree.map(lambda spec, leaf: None if spec.group == FROZEN else label(spec, leaf), specs, shapes)
     update = optax.partition(parts, labels)
-    return update if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+    if config.clip_norm is not None:
+        update = optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+    if config.name == "schedule_free":
+        # outermost: one average over all groups, whose weights do not change with a group's multiple of the rate
+        update = optax.contrib.schedule_free(update, schedule, b1=config.beta1)
+    return update
+
+
+def evaluated_params(opt_state: Tree, params: Params) -> Params | None:
+    """Return the parameters that schedule-free evaluates, x = (y - (1 - beta1) z) / beta1; None for other optimizers.
+
+    Args:
+      opt_state: the state after an update.
+      params: the trainable parameters y after it, where the next gradient is taken.
+    """
+    if not isinstance(opt_state, optax.contrib.ScheduleFreeState):
+        return None
+    return optax.contrib.schedule_free_eval_params(opt_state, params)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxpt.corruption.rows import row_keys
-from jaxpt.optimizer import restore_frozen, trainable
+from jaxpt.optimizer import evaluated_params, restore_frozen, trainable
 from jaxpt.sharding import constrain_rows
 from jaxpt.types import Array, Batch, Example, Guard, Key, Objective, Out, Params, Snapshot, Sums, TrainState, Tree
 
@@ -236,13 +236,15 @@ def initial_state(
     """Return the state before the first step; run it under jit with ``out_shardings``, so that it is born sharded."""
     params = objective.init(seed_key(seed, "params"))
     carry = objective.start(params, seed_key(seed, "carry")) if objective.start else {}
+    opt_state = optimizer.init(trainable(specs, params))
+    keeps = averaging or evaluated_params(opt_state, trainable(specs, params)) is not None
     # every scalar is an array of its own: a buffer that stands twice in the state cannot be donated
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=optimizer.init(trainable(specs, params)),
+        opt_state=opt_state,
         carry=carry,
-        averaged=jax.tree.map(jnp.copy, params) if averaging else None,
+        averaged=jax.tree.map(jnp.copy, params) if keeps else None,
         guard=Guard(jnp.zeros((), jnp.float32), *(jnp.zeros((), jnp.int32) for _ in range(3))),
     )
 
@@ -266,7 +268,7 @@ def make_train_step(
       seed: the run's seed.
       microbatches: slices of the batch whose gradients are accumulated.
       spike_factor: see ``watch``.
-      averaging: decay of the parameters' moving average; 0 keeps none.
+      averaging: decay of the parameters' moving average; 0 keeps none, but for schedule-free, which has its own.
     """
     corrupt_key, loss_key = seed_key(seed, "corrupt"), seed_key(seed, "loss")
 
@@ -288,8 +290,10 @@ def make_train_step(
         if objective.advance is not None:
             after = Snapshot(params, state.carry, state.step)
             params, carry = objective.advance(after, jax.lax.stop_gradient(out.features), example)
-        averaged = state.averaged
-        if averaging:
+        averaged, own = state.averaged, evaluated_params(opt_state, trainable(specs, params))
+        if own is not None:  # schedule-free
+            averaged = restore_frozen(own, params)
+        elif averaging:
             # young averages forget faster, so that the initial values do not linger
             decay = jnp.minimum(averaging, (1.0 + guard.applied) / (10.0 + guard.applied))
             averaged = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.averaged, params)

@@ -7,6 +7,7 @@ import fcntl
 import importlib.metadata
 import os
 import platform
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,14 +20,15 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpt import config as configuration
 from jaxpt.checkpoint import Checkpoints, Preemption
-from jaxpt.config import BUILT_IN, RunConfig, parse_source, resolve_phases
+from jaxpt.config import BUILT_IN, RunConfig, parse_source, rate_changes, resolve_phases
 from jaxpt.data.build import BuildConfig, build
 from jaxpt.data.pipeline import Phase, Pipeline, Source, check_continues, held_out
 from jaxpt.evaluate import evaluate
 from jaxpt.metrics import Meter, MetricsWriter, matmul_flops, peak_flops
-from jaxpt.optimizer import assign_groups, learning_rate_schedule, make_optimizer
+from jaxpt.optimizer import assign_groups, learning_rate_schedule, make_optimizer, trainable
 from jaxpt.sharding import MeshConfig, check_rows, local_rows, make_mesh, put_batch, state_shardings
 from jaxpt.step import Measured, initial_state, make_eval_step, make_example, make_train_step
+from jaxpt.tracing import StepTrace
 from jaxpt.types import Batch, Example, Objective, RowSpec, Snapshot, Sums, TrainState, Tree, Vocab
 
 # ------------------------------------------------------------------------------------------------ data
@@ -105,7 +107,7 @@ def make_parts(config: RunConfig, vocab: Vocab, mesh: Mesh) -> Parts:
     judge = config.objective.for_evaluation().build(vocab)
     shapes = jax.eval_shape(objective.init, jax.random.key(0))
     specs = assign_groups(config.optimizer, objective.specs)
-    optimizer = make_optimizer(config.optimizer, specs, shapes, config.steps)
+    optimizer = make_optimizer(config.optimizer, specs, shapes, config.steps, rate_changes(config))
 
     def first_state() -> TrainState:
         return initial_state(objective, optimizer, specs, seed=config.seed, averaging=config.optimizer.averaging)
@@ -117,6 +119,21 @@ def make_parts(config: RunConfig, vocab: Vocab, mesh: Mesh) -> Parts:
     )
     born = jax.jit(first_state, out_shardings=shardings)
     return Parts(objective, judge, specs, optimizer, placed, shardings, born)
+
+
+def compiled_train_step(config: RunConfig, parts: Parts, mesh: Mesh) -> Any:
+    """Return the jitted step of a run, as ``train`` runs it and ``jaxpt plan`` compiles it."""
+    step = make_train_step(
+        parts.objective,
+        parts.optimizer,
+        parts.specs,
+        seed=config.seed,
+        microbatches=config.microbatches,
+        spike_factor=config.spike_factor,
+        averaging=config.optimizer.averaging,
+    )
+    whole = NamedSharding(mesh, P())  # measurements are whole on every process
+    return jax.jit(step, donate_argnums=0, out_shardings=(parts.shardings, whole))
 
 
 def describe(config: RunConfig, parts: Parts, phases: tuple[Phase, ...], mesh: Mesh) -> str:
@@ -192,6 +209,23 @@ def check_resume(old: RunConfig | None, config: RunConfig, before: dict, now: di
     check_continues(before, now, step)
 
 
+@contextlib.contextmanager
+def blaming_the_lost() -> Iterator[None]:
+    """Say, on every process, what an error of the runtime most likely means where several train together."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError:
+        if jax.process_count() > 1:
+            print(
+                f"jaxpt: process {jax.process_index()} of {jax.process_count()} cannot go on, most likely because "
+                f"another one has died (see its output). This one ends, too; the same command, started again on all "
+                f"hosts or on others, goes on from the last checkpoint.",
+                file=sys.stderr,
+                flush=True,
+            )
+        raise
+
+
 # -------------------------------------------------------------------------------------------------- training
 
 
@@ -234,10 +268,15 @@ def open_run(
         if not (Path(config.init_from) / "config.json").exists():
             raise ValueError(f"init_from: {config.init_from} is not the directory of a run (no config.json)")
         with Checkpoints(Path(config.init_from) / "checkpoints") as other:
-            taken = other.restore_into(state.params)
-            theirs = other.describe(taken.step).metadata["tokenizer"]
+            told = other.describe().metadata
+            # of schedule-free, the average is the result; what it trains is where it looks for gradients
+            result = told["config"]["optimizer"]["name"] == "schedule_free"
+            taken = other.restore_into(state.params, averaged=result)
+        theirs = told["tokenizer"]
         averaged = None if state.averaged is None else jax.tree.map(lambda leaf: leaf.copy(), taken.params)
-        state = state._replace(params=taken.params, averaged=averaged)
+        init = lambda params: parts.optimizer.init(trainable(parts.specs, params))  # noqa: E731
+        opt_state = jax.jit(init, out_shardings=parts.shardings.opt_state)(taken.params)  # where schedule-free begins
+        state = state._replace(params=taken.params, averaged=averaged, opt_state=opt_state)
         total = len(jax.tree.leaves(state.params))
         notes.append(f"took {len(taken.taken)} of {total} parameters of {config.init_from}, step {taken.step}:")
         notes += [f"  taken: {each}" for each in taken.taken] + [f"  not taken: {each}" for each in taken.left]
@@ -269,6 +308,7 @@ def train(config: RunConfig) -> int:
         check_rows(phase.batch_size, config.microbatches, mesh)
 
     with jax.set_mesh(mesh), run_directory(config) as (folder, old), contextlib.ExitStack() as closing:
+        closing.enter_context(blaming_the_lost())
         # ---------------------------------------------------------------------- objective, optimizer, state
         store = closing.enter_context(Checkpoints(folder / "checkpoints", keep=config.keep, keep_best=config.keep_best))
         parts, pipeline, state, start, notes = open_run(config, old, phases, mesh, store)
@@ -276,18 +316,16 @@ def train(config: RunConfig) -> int:
             configuration.save(config, folder / "config.json")
 
         # ---------------------------------------------------------------------- step, evaluation, metrics
-        settings = {"seed": config.seed, "microbatches": config.microbatches, "spike_factor": config.spike_factor}
-        settings["averaging"] = config.optimizer.averaging
-        step_function = make_train_step(parts.objective, parts.optimizer, parts.specs, **settings)
-        whole = NamedSharding(mesh, P())  # measurements are whole on every process
-        train_step = jax.jit(step_function, donate_argnums=0, out_shardings=(parts.shardings, whole))
-        eval_step = jax.jit(make_eval_step(parts.judge, seed=config.seed), out_shardings=whole)
-        rate = learning_rate_schedule(config.optimizer, config.steps)
+        train_step = compiled_train_step(config, parts, mesh)
+        eval_step = jax.jit(make_eval_step(parts.judge, seed=config.seed), out_shardings=NamedSharding(mesh, P()))
+        rate = learning_rate_schedule(config.optimizer, config.steps, rate_changes(config))
         writer = closing.enter_context(MetricsWriter(folder, config.steps, resume_step=start or None, write=first))
         for note in [describe(config, parts, phases, mesh), *notes, "compiling; the first lines follow"]:
             writer.say(note)
         preemption = closing.enter_context(Preemption())
         meter = Meter(peak, writer.seconds)
+        traced = config.profile if first else 0
+        trace = closing.enter_context(StepTrace(folder / "profile", start, traced, writer.say))
         flops_of = {phase: step_flops(parts, pipeline.batch(phase.from_step, slice(1)), phase) for phase in phases}
 
         def report(step: int, measured: Measured) -> int:
@@ -321,9 +359,12 @@ def train(config: RunConfig) -> int:
         batches = training_batches(pipeline, start, config.steps, mesh)
         pending: tuple[int, Measured] | None = None
         for step in range(start + 1, config.steps + 1):
-            with meter.waiting():
-                batch = next(batches)
-            state, measured = train_step(state, batch)
+            with meter.paused():
+                trace.before(step, state)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                with meter.waiting():
+                    batch = next(batches)
+                state, measured = train_step(state, batch)
             # The step before is read while this one runs, so that the device never waits for the host. On a CPU,
             # where this one is finished by now, its own measurements are read, and the speed is right.
             failing = report(*pending) if pending else 0
@@ -386,9 +427,8 @@ def evaluate_run(
     with jax.set_mesh(mesh), Checkpoints(Path(run) / "checkpoints") as store:
         vocab = Pipeline(phases, RowSpec(), config.seed).vocab
         parts = make_parts(config, vocab, mesh)
-        averaged = config.optimizer.averaging > 0
         which = "latest" if step is None else step
-        restored = store.restore_params(parts.abstract.params, which, averaged=averaged)
+        restored = store.restore_params(parts.abstract.params, which, averaged=parts.abstract.averaged is not None)
         phase = [phase for phase in phases if phase.from_step < max(restored.step, 1)][-1]
         sources = open_sources(data, config.vocab_size) if data else phase.sources
         if data:  # the same tokenizer, or the numbers mean nothing

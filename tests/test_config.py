@@ -196,6 +196,8 @@ def test_a_wrong_flag_is_explained(flags, message, capsys):
         ({"phases": (PhaseConfig(9, seq_len=4096),)}, "seq_len 4096 is longer"),
         ({"phases": (PhaseConfig(9, batch_size=33),), "microbatches": 2}, "batch_size 33 cannot be cut"),
         ({"phases": (PhaseConfig(9, data=("nowhere",)),)}, "nowhere holds no finished"),
+        ({"phases": (PhaseConfig(9, learning_rate=-1.0),)}, "learning_rate of a phase is -1.0"),
+        ({"profile": -1}, "profile is -1"),
         ({"objective": None}, "objective is None: it must be an objective's configuration"),
         ({"objective": MaskedLM}, r"objective is <class .*: it must be an objective's configuration"),
         ({"steps": 5.5}, "steps is 5.5: it must be int"),
@@ -327,6 +329,7 @@ def test_the_same_run_and_what_may_change_resume():
         keep=9,
         keep_best=0,
         max_failing=3,
+        profile=5,
         preemption_exit_code=75,
         out="runs/moved",
         phases=(PhaseConfig(50, seq_len=512),),
@@ -349,7 +352,7 @@ REFUSED = {
     "phases": (PhaseConfig(10, seq_len=64),),
 }
 ALLOWED = {"steps", "microbatches", "mesh", "log_every", "eval_every", "eval_rows", "checkpoint_every", "keep"}
-ALLOWED |= {"keep_best", "max_failing", "preemption_exit_code", "out"}
+ALLOWED |= {"keep_best", "max_failing", "profile", "preemption_exit_code", "out"}
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -17,13 +17,15 @@ ROOT = Path(jaxpt.__file__).parent
 FLOORS = {
     "types": 0,
     "corruption": 1, "losses": 1, "models": 1, "data": 1, "optimizer": 1, "sharding": 1, "checkpoint": 1, "metrics": 1,
+    "tracing": 1, "process": 1,
     "objectives": 2, "step": 2,
     "evaluate": 3,
     "config": 4,
     "train": 5,
-    "cli": 6,
-    "__main__": 7,
-    "__init__": 8,
+    "plan": 6,
+    "cli": 7,
+    "__main__": 8,
+    "__init__": 9,
 }  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
 

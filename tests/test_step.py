@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from jaxpt.corruption.rows import row_keys
-from jaxpt.optimizer import OptimizerConfig, make_optimizer
+from jaxpt.optimizer import OptimizerConfig, OptimizerName, make_optimizer, trainable
 from jaxpt.step import batch_gradient, initial_state, make_example, make_train_step, split_rows, watch
 from jaxpt.types import FROZEN, Batch, Example, Guard, Objective, Out, ParamSpec, RowSpec, Snapshot
 
@@ -126,11 +126,16 @@ def test_a_position_of_weight_zero_may_hold_anything(setting):
     assert np.isfinite(sums["fit"])
 
 
-def make(spike_factor: float = 0.0, averaging: float = 0.0, coupled: bool = True):
+def make(
+    spike_factor: float = 0.0, averaging: float = 0.0, coupled: bool = True, optimizer_name: OptimizerName = "adamw"
+):
     obj = objective(coupled)
     shapes = jax.eval_shape(obj.init, jax.random.key(0))
     optimizer = make_optimizer(
-        OptimizerConfig(learning_rate=0.1, schedule="constant", weight_decay=0.0), obj.specs, shapes, 10
+        OptimizerConfig(optimizer_name, learning_rate=0.1, schedule="constant", weight_decay=0.0),
+        obj.specs,
+        shapes,
+        10,
     )
     state = initial_state(obj, optimizer, obj.specs, seed=0, averaging=averaging)
     step = make_train_step(obj, optimizer, obj.specs, seed=0, spike_factor=spike_factor, averaging=averaging)
@@ -152,13 +157,29 @@ def test_training_lowers_the_loss_and_leaves_frozen_parameters():
     assert 0 < float(jnp.abs(state.averaged["w"] - state.params["w"]).max()) < 1.0
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_counted():
-    state, step = make()
+def test_schedule_free_evaluates_its_own_average():
+    state, step = make(optimizer_name="schedule_free")
+    assert state.averaged is not None
+    for index in range(5):
+        state, _ = step(state, batch(index % 2))
+    specs = objective().specs
+    want = optax.contrib.schedule_free_eval_params(state.opt_state, trainable(specs, state.params))
+    np.testing.assert_allclose(state.averaged["w"], want["w"], rtol=1e-6)
+    assert float(jnp.abs(state.averaged["w"] - state.params["w"]).max()) > 1e-3
+    assert state.averaged["frozen"] == 1.0
+    assert make(optimizer_name="muon")[0].averaged is None
+
+
+@pytest.mark.parametrize("name", ["adamw", "schedule_free"])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(name: OptimizerName):
+    state, step = make(optimizer_name=name)
     state, _ = step(state, batch())
     poisoned = state._replace(params=state.params | {"temperature": jnp.array(jnp.nan)})
     after, measured = step(poisoned, batch())
     assert not measured.ok
-    chex.assert_trees_all_equal((after.params, after.opt_state), (poisoned.params, poisoned.opt_state))
+    chex.assert_trees_all_equal(
+        (after.params, after.opt_state, after.averaged), (poisoned.params, poisoned.opt_state, poisoned.averaged)
+    )
     assert int(after.step) == 2  # the data moves on
     assert (int(after.guard.applied), int(after.guard.skipped), int(after.guard.failing)) == (1, 1, 1)
     healed, measured = step(after._replace(params=state.params), batch())

@@ -8,17 +8,22 @@ import random
 import shutil
 from pathlib import Path
 
+import chex
+import jax
 import numpy as np
 import pytest
 
 from jaxpt import train as trunk
-from jaxpt.config import RunConfig
+from jaxpt.checkpoint import Checkpoints
+from jaxpt.config import PhaseConfig, RunConfig
 from jaxpt.data.build import BuildConfig, build
+from jaxpt.data.pipeline import Pipeline
 from jaxpt.models.config import TransformerConfig
 from jaxpt.objectives import CausalLM, MaskedLM
 from jaxpt.optimizer import OptimizerConfig
-from jaxpt.sharding import MeshConfig
-from jaxpt.train import evaluate_run, train
+from jaxpt.sharding import MeshConfig, make_mesh
+from jaxpt.train import evaluate_run, open_phases, train
+from jaxpt.types import RowSpec
 
 CLOCK = {"tokens_per_second", "mfu", "data_wait", "seconds"}
 NETWORK = TransformerConfig(depth=1, width=32, heads=2, max_length=64, dropout=0.1, layers="unroll")
@@ -157,6 +162,84 @@ def test_evaluate_gives_what_training_gave(finished: Path):
     assert evaluate_run(str(finished), rows=13, step=10)["loss"] != metrics["loss"]
     with pytest.raises(ValueError, match="not the directory of a run"):
         evaluate_run(str(finished.parent))
+
+
+def phased(data: str, out: Path, **changes) -> RunConfig:
+    """Rows grow from 32 to 64 tokens and batches from 8 to 16 rows, under schedule-free AdamW."""
+    settings = {
+        "steps": 14,
+        "seq_len": 32,
+        "mesh": MeshConfig(data=8),
+        "phases": (PhaseConfig(4, seq_len=64), PhaseConfig(8, batch_size=16, learning_rate=1.5)),
+        "optimizer": OptimizerConfig("schedule_free", learning_rate=3e-3, warmup_steps=2, schedule="constant"),
+        "eval_every": 0,
+        "eval_rows": 8,
+        "checkpoint_every": 3,
+    }
+    return config_of(data, out, **settings | changes)
+
+
+@pytest.fixture(scope="module")
+def grown(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "grown"
+    step = trunk.make_train_step
+    with pytest.MonkeyPatch.context() as patch:  # one compilation per shape of the batch
+        patch.setattr(trunk, "make_train_step", lambda *a, **k: chex.assert_max_traces(step(*a, **k), 3))
+        assert train(phased(data, out)) == 0
+    return out
+
+
+def test_phases_grow_rows_and_batches(grown: Path):
+    found = [line for line in lines(grown) if "loss" in line]
+    assert [line["step"] for line in found] == list(range(1, 15))
+    rate = [line["learning_rate"] for line in found]
+    assert rate[:8] == pytest.approx([0, 1.5e-3] + [3e-3] * 6)
+    assert rate[8:] == pytest.approx([4.5e-3] * 6)
+    assert np.mean([line["loss"] for line in found[-3:]]) < found[0]["loss"] - 0.3
+    whole = [json.loads(line) for line in (grown / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["tokens_per_second"] > 0 and 0 < line["mfu"] < 10 for line in whole if "loss" in line)
+
+
+@pytest.mark.parametrize("stop", [pytest.param(2, marks=pytest.mark.slow), 8])
+def test_a_killed_run_goes_on_across_phases_and_a_trace_changes_nothing(
+    grown: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, stop: int
+):
+    config = phased(data, tmp_path / "run")
+    monkeypatch.setattr(trunk, "Preemption", StopAt(stop))
+    train(config)
+    monkeypatch.undo()
+    assert train(dataclasses.replace(config, profile=2)) == 0
+    assert lines(tmp_path / "run") == lines(grown)
+    said = capsys.readouterr().out
+    assert f"traced steps {stop + 4} to {stop + 5}: " in said
+    assert f"xprof --logdir={tmp_path / 'run' / 'profile'}" in said.replace("\n", "")
+    (trace,) = (tmp_path / "run" / "profile" / "plugins" / "profile").glob("*/*.xplane.pb")
+    events = [
+        (event.name, dict(event.stats))
+        for plane in jax.profiler.ProfileData.from_file(str(trace)).planes
+        for line in plane.lines
+        for event in line.events
+    ]
+    assert {stats.get("step_num") for name, stats in events if name == "train"} == {stop + 4, stop + 5}
+    assert len(events) > 100
+
+
+def test_schedule_free_is_judged_by_its_average(grown: Path, data: str, tmp_path: Path, monkeypatch, capsys):
+    found = evaluate_run(str(grown), rows=8)
+    assert found["loss"] == pytest.approx(lines(grown)[-1]["eval/loss"], rel=1e-5)
+    # another run begins at the average, and so does what schedule-free averages; its first update has rate 0
+    monkeypatch.setattr(trunk, "Preemption", StopAt(1))
+    later = phased(data, tmp_path / "later", init_from=str(grown), phases=(), profile=1)
+    train(later)
+    assert "nothing was traced: --profile begins after 3 steps" in capsys.readouterr().out
+    parts = trunk.make_parts(later, Pipeline(open_phases(later), RowSpec(), 0).vocab, make_mesh(later.mesh))
+    with Checkpoints(grown / "checkpoints") as before, Checkpoints(tmp_path / "later" / "checkpoints") as after:
+        average = before.restore_params(parts.abstract.params, averaged=True).state
+        raw = before.restore_params(parts.abstract.params).state
+        state = after.restore(parts.abstract).state
+    for now in (state.params, state.averaged, state.opt_state.z):
+        chex.assert_trees_all_close(now, average, rtol=1e-5, atol=1e-7)
+    assert max(jax.tree.leaves(jax.tree.map(lambda a, b: abs(a - b).max(), raw, average))) > 1e-3
 
 
 def test_refusals(finished: Path, data: str, tmp_path: Path):
