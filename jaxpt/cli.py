@@ -1,4 +1,4 @@
-"""The command line: ``jaxpt train``, ``jaxpt evaluate`` and ``jaxpt data build``.
+"""The command line: ``jaxpt train``, ``jaxpt evaluate``, ``jaxpt plan`` and ``jaxpt data build``.
 
 Imports happen inside the commands, so that help is instant and the workers of a data build never load JAX.
 """
@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from jaxpt import process
+
 HELP = """\
 usage: jaxpt COMMAND ...
 
@@ -23,6 +25,7 @@ Pre-train text models in JAX: from raw text to a trained, resumable, evaluated m
 commands:
   train CONFIG.py    train the model of a config file; resumes an unfinished run
   evaluate RUN       measure a run on held-out text, beside the unigram baseline
+  plan CONFIG.py     what the run needs on a TPU pod: memory, traffic, time; no TPU is needed
   data build OUT     turn raw text into token shards, and train or load a tokenizer
 
 options:
@@ -53,13 +56,37 @@ newest checkpoint left it; a finished one goes on only with more --steps.
 On several hosts, start the same command on each of them with --distributed. JAX finds the others on TPU pods, on
 SLURM, Kubernetes and Open MPI; elsewhere set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
+The command restarts itself once so that memory comes in huge pages (JAXPT_HUGE_PAGES=0: it does not) and keeps
+compiled programs in ~/.cache/jaxpt (JAXPT_CACHE=DIR: there; JAX_COMPILATION_CACHE_DIR= : nowhere).
+
 examples:
   jaxpt train configs/quickstart.py
   jaxpt train configs/bert_small.py --data data/books --steps 50000 --batch-size 256 --optimizer.learning-rate 1e-3
   jaxpt train configs/bert_small.py --data data/books=0.7 data/code=0.3 --objective.rate 0.3
   jaxpt train configs/gpt2_small.py --mesh.fsdp 4 --mesh.tensor 2 --microbatches 2
   jaxpt train configs/bert_base.py --init-from runs/bert_base --out runs/second --seed 1
-  srun jaxpt train configs/bert_base.py --data data/books --mesh.fsdp 8 --distributed
+  srun jaxpt train configs/bert_base.py --data data/books --mesh.fsdp 8 --distributed   # one task per GPU
+"""
+
+PLAN_HELP = """\
+usage: jaxpt plan CONFIG.py --topology KIND:SHAPE [--json] [--try] [--FLAG VALUE ...]
+
+Say what a run needs on a TPU pod before one is rented: compile its real train step for the pod, with no TPU here,
+and report memory per chip, FLOPs, every collective with its bytes, bounds of the step time, and what to change where
+it does not fit. The compiler comes with `pip install -e ".[tpu]"`; compiling takes some minutes.
+
+Every flag of `jaxpt train` works. The data need not be there; without them the vocabulary has --vocab-size tokens.
+
+options:
+  --topology KIND:SHAPE   v4 and v5p have shapes like 4x4x4, v5e and v6e like 8x8; cpu:8 is eight virtual CPU devices
+  --json                  print one JSON object
+  --try                   where it does not fit, compile what would help, one change after the other, until it fits
+
+examples:
+  jaxpt plan configs/bert_large.py --topology v5e:8x8 --mesh.fsdp 8 --vocab-size 30522
+  jaxpt plan configs/llama_7b.py --topology v5p:4x4x8 --mesh.data 1 --mesh.fsdp 128 --vocab-size 32000
+  jaxpt plan configs/llama_1b.py --topology v6e:4x4 --mesh.fsdp 4 --mesh.tensor 4 --microbatches 4 --try
+  jaxpt plan configs/bert_tiny.py --topology cpu:8 --mesh.fsdp 4 --json
 """
 
 DATA_HELP = """\
@@ -102,9 +129,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     distributed = "--distributed" in args
     args = [arg for arg in args if arg not in ("--debug", "--distributed")]
     try:
+        if argv is None and args[:1] == ["train"] and len(args) > 1 and not {"--help", "-h"} & set(args):
+            process.restart_with_huge_pages()
         if distributed:
-            _join()
-        return _run(args, {"train": _train, "evaluate": _evaluate, "data": _data}, HELP, "jaxpt")
+            process.join()
+        return _run(args, {"train": _train, "evaluate": _evaluate, "plan": _plan, "data": _data}, HELP, "jaxpt")
     except SystemExit as stop:  # tyro has said what is wrong, or printed help
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
@@ -120,31 +149,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         print(f"jaxpt: error: {error}", file=sys.stderr)
         return 2
-
-
-def _join() -> None:
-    """Join the other processes of the run, before any command touches a device."""
-    import jax
-
-    given = map(os.environ.get, ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
-    try:
-        processes, index = (None if value is None else int(value) for value in given)
-        jax.distributed.initialize(num_processes=processes, process_id=index)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"--distributed: the other processes were not found ({error}): start one process per host on a TPU pod, "
-            f"SLURM, Kubernetes or Open MPI, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
-        ) from error
-
-
-def _calm_cpu() -> None:
-    """On virtual CPU devices, run one program after the other; accelerators are not concerned.
-
-    Programs with collectives that overlap on a few cores starve each other of threads until XLA gives up.
-    """
-    import jax
-
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def _run(args: list[str], commands: dict[str, Callable[[list[str]], int]], help_text: str, prog: str) -> int:
@@ -194,10 +198,69 @@ def _train(args: list[str]) -> int:
         config = replace(config, out=f"runs/{Path(path).stem}")
     config = override(config, args[1:], prog=f"jaxpt train {path}")
     validate(config)
-    _calm_cpu()
+    process.calm_cpu()
+    process.keep_compiled_programs()
     from jaxpt.train import train
 
     return train(config)
+
+
+def _plan(args: list[str]) -> int:
+    if not args or args[0] in ("--help", "-h"):
+        print(PLAN_HELP, end="", file=sys.stdout if args else sys.stderr)
+        return 0 if args else 2
+    _named_first(args, "the config file", "jaxpt plan CONFIG.py")
+    path, flags = args[0], list(args[1:])
+    as_json, tries = "--json" in flags, "--try" in flags
+    flags = [flag for flag in flags if flag not in ("--json", "--try")]
+    topology = _take(flags, "--topology")
+    if topology is None and not {"--help", "-h"} & set(flags):
+        raise ValueError("say for which machine: --topology v5p:4x4x4 (`jaxpt plan --help` has examples)")
+    # Before JAX loads: compile here, look for no TPU, and let the TPU compiler say only what is wrong.
+    os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
+    for name, value in (("TPU_WORKER_HOSTNAMES", "localhost"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")):
+        os.environ.setdefault(name, value)
+    from rich.console import Console
+
+    from jaxpt.config import load_config, override
+    from jaxpt.plan import make_plan, show, to_json
+    from jaxpt.plan.estimate import remedies
+
+    config = override(load_config(path), flags, prog=f"jaxpt plan {path}")
+    assert topology is not None
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    plan = make_plan(config, topology, say)
+    changes: list[str] = []
+    for flag, changed in remedies(config, plan) if tries and not plan.memory.fits else ():
+        changes.append(flag)
+        say(f"{plan.memory.peak / 2**30:.1f} GiB do not fit; trying {' '.join(changes)}")
+        plan = make_plan(changed, topology, say)
+        if plan.memory.fits:
+            break
+    if as_json:
+        print(json.dumps(to_json(plan) | {"changes": changes}))
+    else:
+        show(plan, console)
+        if changes:
+            console.print(f"with {' '.join(changes)}" + ("" if plan.memory.fits else ", and still it does not fit"))
+    return 0 if plan.memory.fits else 1
+
+
+def _take(flags: list[str], name: str) -> str | None:
+    """Remove ``name VALUE`` (or ``name=VALUE``) from the flags and return the value, None where it is absent."""
+    for place, flag in enumerate(flags):
+        if flag.startswith(f"{name}="):
+            return flags.pop(place).partition("=")[2]
+        if flag == name:
+            if place + 1 == len(flags):
+                raise ValueError(f"{name} needs a value, for example {name} v5p:4x4x4")
+            del flags[place]
+            return flags.pop(place)
+    return None
 
 
 def _evaluate(args: list[str]) -> int:
@@ -206,7 +269,8 @@ def _evaluate(args: list[str]) -> int:
 
     run, flags = (args[0], args[1:]) if args and args[0] not in ("--help", "-h") else ("RUN", ["--help"])
     asked = tyro.cli(EvaluateArgs, prog=f"jaxpt evaluate {run}", args=flags)
-    _calm_cpu()
+    process.calm_cpu()
+    process.keep_compiled_programs()
     for name, value in (("rows", asked.rows), ("batch-size", asked.batch_size)):
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, not {value}")

@@ -262,7 +262,7 @@ def _validate_types(config: RunConfig) -> None:
         dataclasses.is_dataclass(objective) and not isinstance(objective, type) and hasattr(objective, "build"),
         f"objective is {objective!r}: it must be an objective's configuration, for example CausalLM()",
     )
-    for path, part in _parts("", config):
+    for path, part in parts("", config):
         with contextlib.suppress(NameError):  # a type that an objective of one's own names but does not define
             hints = typing.get_type_hints(type(part))
             for entry in dataclasses.fields(part):
@@ -298,7 +298,7 @@ def _validate_rows(config: RunConfig, phase: PhaseConfig, *, data: bool) -> None
         f"batch_size {phase.batch_size} cannot be cut into {config.microbatches} equal microbatches: make "
         f"microbatches a divisor of it",
     )
-    for path, part in _parts("objective", config.objective):
+    for path, part in parts("objective", config.objective):
         learned = getattr(part, "positions", None) == "learned"
         longest = getattr(part, "max_length", None)
         _check(
@@ -322,15 +322,15 @@ def _check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _parts(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+def parts(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Every dataclass inside a configuration, with its dotted path."""
     if dataclasses.is_dataclass(value):
         yield path, value
         for part in dataclasses.fields(value):
-            yield from _parts(f"{path}.{part.name}", getattr(value, part.name))
+            yield from parts(f"{path}.{part.name}", getattr(value, part.name))
     elif isinstance(value, tuple | list | dict):
         for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _parts(f"{path}.{key}", entry)
+            yield from parts(f"{path}.{key}", entry)
 
 
 # ------------------------------------------------------------------------------------------ save and load
@@ -430,7 +430,7 @@ def load(path: str | os.PathLike[str], known: Sequence[type] = ()) -> RunConfig:
 
 def config_types(config: RunConfig) -> tuple[type, ...]:
     """The types of every dataclass inside a configuration."""
-    return tuple({type(part) for _, part in _parts("", config)})
+    return tuple({type(part) for _, part in parts("", config)})
 
 
 # ------------------------------------------------------------------------------------------------ resume

@@ -34,6 +34,7 @@ PUBLISHED = {
     "electra_small": (30522, 13_546_682),
     "gpt2_small": (50257, 124_439_808),
     "llama_1b": (128_256, 1_235_814_400),
+    "llama_7b": (32_000, 6_738_415_616),
     "modernbert_base": (50_368, 149_655_232),
 }
 
@@ -103,7 +104,8 @@ def losses_at_tiny_size(objective: ObjectiveConfig, optimizer: OptimizerConfig) 
     return losses
 
 
-ALIKE = {"roberta_base", "albert_base", "electra_small", "bart_base"}  # nearly the programs of bert and gpt2
+# nearly the programs of others
+ALIKE = {"roberta_base", "albert_base", "electra_small", "bart_base", "t5_large", "llama_7b"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ALIKE)) for n in CONFIGS])

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import packed_batch, tiny, tiny_vocab
+from support import packed_batch, tiny, tiny_vocab, with_attention
 
 from jaxpt.corruption.rows import row_keys
 from jaxpt.objectives import OBJECTIVES
@@ -213,9 +213,11 @@ def reference_gradient(name: str) -> tuple[Example, Gradient]:
     return gradient_on(case(name), MeshConfig(data=1), 1)
 
 
-def check_gradient(this: Case, mesh: MeshConfig, microbatches: int) -> None:
+def check_gradient(
+    this: Case, mesh: MeshConfig, microbatches: int, reference: tuple[Example, Gradient] | None = None
+) -> None:
     example, got = gradient_on(this, mesh, microbatches)
-    want_example, want = reference_gradient(this.name)
+    want_example, want = reference or reference_gradient(this.name)
     chex.assert_trees_all_equal(example, want_example)  # tokens, masks and noise, bit for bit
     chex.assert_trees_all_close(got.losses, want.losses, rtol=1e-5)
     scale = float(optax.tree.norm(want.grads))
@@ -235,6 +237,29 @@ def test_full_matrix_of_devices_and_microbatches(this: Case, sizes: tuple[int, i
     if 8 % (microbatches * sizes[0] * sizes[1]):
         pytest.skip("the eight rows cannot be cut so")
     check_gradient(this, MeshConfig(*sizes), microbatches)
+
+
+def in_form(this: Case, form: str) -> Case:
+    return this._replace(objective=with_attention(this.config, form).build(VOCAB))
+
+
+@functools.cache
+def dense_gradient(name: str) -> tuple[Example, Gradient]:
+    return gradient_on(in_form(case(name), "dense"), MeshConfig(data=1), 1)
+
+
+@pytest.mark.parametrize(
+    "sizes, form",
+    [
+        ((1, 2, 2, 2), "blockwise"),
+        pytest.param((2, 1, 1, 4), "blockwise", marks=pytest.mark.slow),
+        pytest.param((1, 1, 1, 2), "blockwise", marks=pytest.mark.slow),
+        pytest.param((1, 1, 1, 4), "blockwise", marks=pytest.mark.slow),
+        pytest.param((1, 2, 1, 4), "dense", marks=pytest.mark.slow),  # left to the compiler
+    ],
+)
+def test_rows_split_over_devices_agree_with_one_device(this: Case, sizes: tuple[int, int, int, int], form: str):
+    check_gradient(in_form(this, form), MeshConfig(*sizes), 2, dense_gradient(this.name))
 
 
 # ------------------------------------------------------------------------------------------- the whole step

@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 from flax import nnx
 
-from jaxpt.models.attention import attend, rotate
+from jaxpt.models.attention import attend
 from jaxpt.models.config import TransformerConfig
-from jaxpt.models.layers import ACTIVATIONS, Dense, Norm, dropout, normal
+from jaxpt.models.layers import ACTIVATIONS, Dense, Norm, dropout, normal, project
 from jaxpt.models.params import Initializer, constrain
+from jaxpt.models.positions import rotate
 from jaxpt.types import Array, AttentionPattern
 
 
@@ -43,7 +44,7 @@ class Sight(NamedTuple):
     pattern: AttentionPattern
     window: int | None = None
     angles: tuple[Array, Array] | None = None  # rotary, of queries and keys alike
-    bias: Array | None = None  # [R, H, Q, L]
+    bias: Array | None = None  # see ``attend``
 
 
 class Attention(nnx.Module):
@@ -69,9 +70,13 @@ class Attention(nnx.Module):
     def __call__(self, x: Array, memory: Array, sight: Sight, keys_R: Array | None, site: int) -> Array:
         """[R, Q, D] from what asks, ``x`` [R, Q, D], and what is looked at, ``memory`` [R, L, D]."""
         c = self.config
-        query_RQHC = self.query(x).reshape(*x.shape[:2], c.heads, c.head_dim)
-        key_RLGC = self.key(memory).reshape(*memory.shape[:2], c.groups, c.head_dim)
-        value_RLGC = self.value(memory).reshape(*memory.shape[:2], c.groups, c.head_dim)
+        if memory is x:
+            asked, keyed, valued = project(x, self.query, self.key, self.value)
+        else:
+            asked, (keyed, valued) = self.query(x), project(memory, self.key, self.value)
+        query_RQHC = asked.reshape(*x.shape[:2], c.heads, c.head_dim)
+        key_RLGC = keyed.reshape(*memory.shape[:2], c.groups, c.head_dim)
+        value_RLGC = valued.reshape(*memory.shape[:2], c.groups, c.head_dim)
         if self.query_norm is not None and self.key_norm is not None:
             query_RQHC, key_RLGC = self.query_norm(query_RQHC), self.key_norm(key_RLGC)
         if sight.angles is not None:
@@ -84,9 +89,15 @@ class Attention(nnx.Module):
             scale=c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale,
             window=sight.window,
             bias=sight.bias,
-            dropout=None if keys_R is None else lambda w: dropout(w, keys_R, c.attention_dropout, site),
+            dropout=(lambda w: dropout(w, keys_R, c.attention_dropout, site)) if drops_weights(c, keys_R) else None,
+            form=c.attention,
         )
         return self.out(out_RQHC.reshape(*x.shape[:2], c.heads * c.head_dim))
+
+
+def drops_weights(config: TransformerConfig, keys_R: Array | None) -> bool:
+    """Whether attention weights are dropped, which only the dense form does."""
+    return keys_R is not None and config.attention_dropout > 0
 
 
 def _norm_of_heads(config: TransformerConfig) -> Norm:
@@ -111,7 +122,8 @@ class MLP(nnx.Module):
         if self.gate is None:
             hidden_RLF = activation(self.up(x))
         else:
-            hidden_RLF = activation(self.gate(x)) * self.up(x)
+            gate_RLF, up_RLF = project(x, self.gate, self.up)
+            hidden_RLF = activation(gate_RLF) * up_RLF
         hidden_RLF = constrain(hidden_RLF, "batch", "length", "mlp")
         return self.down(dropout(hidden_RLF, keys_R, self.config.mlp_dropout, site))
 

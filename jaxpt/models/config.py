@@ -60,7 +60,10 @@ class TransformerConfig:
       scale_residual_init: divide what projects into the residual stream by ``sqrt(2 * depth)``.
       dtype: of activations and matmul operands; parameters, norms, softmax and logits are float32.
       remat: what the backward pass recomputes: nothing, all but matmul outputs, or whole layers.
-      layers: run layers by a scan (compile time flat in depth) or unrolled (faster on CPU).
+      attention: how attention is computed: "dense" with the whole mask, "blockwise" in tiles, "splash" on TPU, "fused"
+        on GPU; "auto" takes what is fastest for the length, the pattern and the platform. All agree to rounding.
+      layers: run layers by a scan (compile time flat in depth) or unrolled (a third faster on a CPU); "auto"
+        unrolls up to 12 layers on a CPU and scans everything else.
 
     Raises:
       ValueError: sizes that do not fit.
@@ -112,7 +115,8 @@ class TransformerConfig:
     scale_residual_init: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
-    layers: Literal["scan", "unroll"] = "scan"
+    attention: Literal["auto", "dense", "blockwise", "splash", "fused"] = "auto"
+    layers: Literal["auto", "scan", "unroll"] = "auto"
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit."""

@@ -45,7 +45,7 @@ def encoder_decoder(config: EncoderDecoderConfig, vocab_size: int) -> Network:
 
     ``apply(params, inputs_RL, pattern, positions_RL, outputs_RK, output_pattern, output_positions_RK,
     cross_pattern, *, keys=None, return_layers=False)`` returns the decoder's hidden states [R, K, D];
-    ``return_layers`` adds what the layers of both gave. ``attention.cross`` makes the cross pattern.
+    ``return_layers`` adds what the layers of both gave. ``patterns.cross`` makes the cross pattern.
 
     Args:
       config: of both stacks.
@@ -53,7 +53,7 @@ def encoder_decoder(config: EncoderDecoderConfig, vocab_size: int) -> Network:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jaxpt.models.attention import bidirectional, causal, cross
+      >>> from jaxpt.models.patterns import bidirectional, causal, cross
       >>> stack = TransformerConfig(depth=1, width=8, heads=2)
       >>> network = encoder_decoder(EncoderDecoderConfig(stack, stack), vocab_size=11)
       >>> tokens, one, place = jnp.array([[3, 1, 4]]), jnp.ones((1, 3), int), jnp.arange(3)[None]

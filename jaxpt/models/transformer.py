@@ -10,16 +10,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxpt.models.attention import relative_buckets, rotary_angles
-from jaxpt.models.blocks import Block, Sight, config_norm, kernel_init, table_init
+from jaxpt.models.attention import choose, spell_out
+from jaxpt.models.blocks import Block, Sight, config_norm, drops_weights, kernel_init, table_init
 from jaxpt.models.config import TransformerConfig
 from jaxpt.models.layers import Dense, dropout, fold_keys
-from jaxpt.models.params import Declared, constrain, initializer_of, param, specs_of, split, stacked
+from jaxpt.models.params import Declared, constrain, initializer_of, param, platform, specs_of, split, stacked
+from jaxpt.models.positions import relative_buckets, rotary_angles
 from jaxpt.types import Array, AttentionPattern, Network, Params, Tree
 
 __all__ = ["TransformerConfig", "embedding_table", "transformer"]
 
 EMBED_SITE = 2**31  # where the dropout of the embeddings folds in, in place of a layer's number
+UNROLL_ON_CPU = 12  # layers: deeper stacks are scanned there too, or they would compile for minutes
 POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
 
@@ -113,7 +115,7 @@ def transformer(config: TransformerConfig, vocab_size: int | None, *, cross_atte
       cross_attention: each layer also looks at ``context`` [R, K, D] through ``context_pattern``.
 
     Example:
-      >>> from jaxpt.models.attention import causal
+      >>> from jaxpt.models.patterns import causal
       >>> network = transformer(TransformerConfig(depth=2, width=8, heads=2), vocab_size=11)
       >>> params = network.init(jax.random.key(0))
       >>> tokens = jnp.array([[3, 1, 4, 1]])
@@ -154,7 +156,7 @@ def _apply(
             f'shorten the rows or choose positions="rotary"'
         )
     module = outer.bind({name: value for name, value in params.items() if name != "layers"})
-    sights = {window: _sight(config, module, pattern, positions, window) for window in (None, config.window)}
+    sights = {window: _sight(config, module, pattern, positions, window, keys) for window in (None, config.window)}
     context_sight = None if context_pattern is None else Sight(context_pattern)
 
     def layer(x: Array, layer_params: Params, index: Array | int, window: int | None) -> Array:
@@ -169,21 +171,38 @@ def _apply(
 
 
 def _sight(
-    config: TransformerConfig, module: Outer, pattern: AttentionPattern, positions: Array, window: int | None
+    config: TransformerConfig,
+    module: Outer,
+    pattern: AttentionPattern,
+    positions: Array,
+    window: int | None,
+    keys: Array | None,
 ) -> Sight:
     angles = bias = None
     if config.positions == "rotary":
         local = None if window is None else config.local_rope_theta
         angles = rotary_angles(positions, config.head_dim, config.rope_theta if local is None else local)
     if module.relative is not None:
-        bucket_RQL = relative_buckets(
-            positions[:, None, :] - positions[:, :, None],
+        reach = config.relative_distance
+        bucket = relative_buckets(
+            jnp.arange(-reach, reach + 1),
             is_causal=config.relative_causal,
             buckets=config.relative_buckets,
-            max_distance=config.relative_distance,
+            max_distance=reach,
         )
-        bias = jnp.moveaxis(jnp.take(module.relative[...], bucket_RQL, axis=0), -1, 1)
+        bias = jnp.take(module.relative[...], bucket, axis=0)
+        query = key = positions
+        has_dropout = drops_weights(config, keys)
+        if choose(config.attention, query, key, pattern, window, has_bias=True, has_dropout=has_dropout) == "dense":
+            bias = spell_out(bias, pattern)
     return Sight(pattern, window, angles, bias)
+
+
+def _unrolled(config: TransformerConfig) -> bool:
+    """Whether layers are written out one by one, which on a CPU is a third faster and compiles in bearable time."""
+    if config.layers == "auto":
+        return platform() == "cpu" and config.depth <= UNROLL_ON_CPU
+    return config.layers == "unroll"
 
 
 def _run_layers(
@@ -198,7 +217,7 @@ def _run_layers(
 
     Inside a period every layer's window is static, as fast kernels need it.
     """
-    lead = config.depth if config.layers == "unroll" else int(not config.first_norm)
+    lead = config.depth if _unrolled(config) else int(not config.first_norm)
     period = config.global_every or 1 if config.window is not None else 1
     periods = (config.depth - lead) // period
     scanned = periods * period

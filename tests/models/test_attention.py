@@ -3,7 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpt.models.attention import attend, bidirectional, causal, cross, prefix, rotary_angles, rotate, visible
+from jaxpt.models.attention import attend
+from jaxpt.models.patterns import bidirectional, causal, cross, prefix, visible
+from jaxpt.models.positions import rotary_angles, rotate
 from jaxpt.types import AttentionPattern
 
 SEGMENTS = jnp.array([[1, 1, 1, 2, 2, 0]])

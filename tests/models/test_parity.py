@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxpt.losses.cross_entropy import logits_of
 from jaxpt.models import presets
-from jaxpt.models.attention import bidirectional, causal, cross, relative_buckets
 from jaxpt.models.encoder_decoder import encoder_decoder
 from jaxpt.models.heads import lm_head, mlm_head
+from jaxpt.models.patterns import bidirectional, causal, cross
+from jaxpt.models.positions import relative_buckets
 from jaxpt.models.transformer import embedding_table, transformer
 
 HERE = Path(__file__).parent
@@ -290,7 +292,7 @@ def test_one_stack(family, layers):
         hidden, given = network.apply(
             body, jnp.asarray(recorded["tokens"]), pattern, positions, token_types=types, return_layers=True
         )
-        return hidden, given, head.apply(params["head"], hidden, embedding_table(body))
+        return hidden, given, logits_of(head.apply(params["head"], hidden, embedding_table(body)))
 
     hidden, given, logits = run(params)
     close_layers(given, recorded["hidden"], recorded["mask"], hidden, family)
@@ -321,7 +323,7 @@ def test_encoder_decoder(family):
             cross(*target, *source),
             return_layers=True,
         )
-        return hidden, given, head.apply(params["head"], hidden, embedding_table(params))
+        return hidden, given, logits_of(head.apply(params["head"], hidden, embedding_table(params)))
 
     hidden, (encoded, decoded), logits = run(params)
     close_layers(encoded[:-1], recorded["encoder_hidden"][:-1], recorded["mask"], encoded[-2], f"{family} encoder")

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxpt.models.attention import bidirectional, causal
+from jaxpt.losses.cross_entropy import logits_of
 from jaxpt.models.heads import lm_head, mlm_head
+from jaxpt.models.patterns import bidirectional, causal
 from jaxpt.models.transformer import TransformerConfig, embedding_table, sinusoids, transformer
 from jaxpt.types import AXIS_RULES, ParamSpec
 
@@ -283,14 +284,14 @@ def test_tied_head_is_an_untied_one_with_the_table():
     hidden = jax.random.normal(jax.random.key(3), (2, 4, 8))
     table = params_of(BASE)["embed"]["tokens"]
     tied = lm_head(BASE, VOCAB)
-    logits = tied.apply(tied.init(jax.random.key(0)), hidden, table)
+    logits = logits_of(tied.apply(tied.init(jax.random.key(0)), hidden, table))
     assert tied.specs == {}
     np.testing.assert_allclose(logits, hidden @ table.T, atol=1e-5)
     untied = lm_head(dataclasses.replace(BASE, tie_embeddings=False), VOCAB)
-    np.testing.assert_array_equal(untied.apply({"table": table}, hidden, None), logits)
+    np.testing.assert_array_equal(logits_of(untied.apply({"table": table}, hidden, None)), logits)
     assert untied.specs == {"table": ParamSpec(("vocab", "embed"), "kernel")}
     scaled = lm_head(dataclasses.replace(BASE, scale_logits=True), VOCAB)
-    np.testing.assert_allclose(scaled.apply({}, hidden, table), logits / 8**0.5, atol=1e-6)
+    np.testing.assert_allclose(logits_of(scaled.apply({}, hidden, table)), logits / 8**0.5, atol=1e-6)
 
 
 def test_heads_of_factorised_embeddings_end_in_the_table():
@@ -300,9 +301,9 @@ def test_heads_of_factorised_embeddings_end_in_the_table():
     for make in (lm_head, mlm_head):
         head = make(thin, VOCAB)
         params = filled(head)
-        logits = head.apply(params, hidden, table)
+        logits = logits_of(head.apply(params, hidden, table))
         assert logits.shape == (2, 4, VOCAB) and logits.dtype == jnp.float32
-        picked = head.apply(params, hidden[:, 1:2], table)  # a position's logits are its own
+        picked = logits_of(head.apply(params, hidden[:, 1:2], table))  # a position's logits are its own
         np.testing.assert_allclose(picked, logits[:, 1:2], atol=1e-6)
 
 
