@@ -107,3 +107,14 @@ def axis_bandwidth(mesh: Mesh, axis: str, chip: Chip) -> float:
         if spanned > 1:
             links += 2 if spanned == side and side % chip.torus == 0 else 1
     return max(links, 1) * chip.link_bandwidth
+
+
+def layout(mesh: Mesh) -> dict[str, tuple[int, ...]]:
+    """Return over how many places of each dimension of the slice every mesh axis runs."""
+    places = np.array([device.coords for device in mesh.devices.flat]).reshape(*mesh.devices.shape, -1)
+    result = {}
+    for number, axis in enumerate(mesh.axis_names):
+        line = np.moveaxis(places, number, 0).reshape(mesh.shape[axis], -1, places.shape[-1])[:, 0]
+        if mesh.shape[axis] > 1:
+            result[axis] = tuple(len(np.unique(column)) for column in line.T)
+    return result

@@ -13,8 +13,8 @@ from jaxpt.plan.estimate import Plan
 GIB = 2**30
 NOTE = (
     "The times are bounds from the data sheets (FLOP/s, memory and link bandwidth), no measurement: the first with "
-    "compute, memory and links all at once, the second one after the other. Memory time is a least: state and "
-    "temporaries once each way."
+    "compute, memory and links all at once, the second one after the other. Memory time is at least that: state "
+    "and temporaries once each way."
 )
 
 
