@@ -31,9 +31,9 @@ from jaxpt.types import ObjectiveConfig
 BUILT_IN = ("prose", "code")  # corpora that are built from the installed packages when a run first asks for them
 
 # The fields that may change when a run is resumed; any other difference is refused. They cannot change what a
-# step computes beyond float rounding (mesh, microbatches, remat, layers), or say how long and how often (steps stretches
-# a schedule whose `optimizer.schedule_steps` is None). Two more rules are in `resume_differences`: data may move
-# to another path (its digest is compared when it is opened), and phases may be appended.
+# step computes beyond float rounding (mesh, microbatches, remat, layers), or say how long and how often (steps
+# stretches a schedule whose `optimizer.schedule_steps` is None). Two more rules are in `resume_differences`: data
+# may move to another path (its digest is compared when it is opened), and phases may be appended.
 MAY_CHANGE = (
     "steps",
     "microbatches",
@@ -331,6 +331,23 @@ def parts(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, tuple | list | dict):
         for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
             yield from parts(f"{path}.{key}", entry)
+
+
+def with_layers(value: Any, **changes: Any) -> Any:
+    """Return a configuration with some fields of every stack of layers in it changed.
+
+    Args:
+      value: an objective's configuration, or a part of it.
+      **changes: fields of ``TransformerConfig``, such as ``attention="dense"``.
+    """
+    if hasattr(value, "remat"):
+        return dataclasses.replace(value, **changes)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [part.name for part in dataclasses.fields(value)]
+        return dataclasses.replace(value, **{name: with_layers(getattr(value, name), **changes) for name in names})
+    if isinstance(value, dict):
+        return {key: with_layers(entry, **changes) for key, entry in value.items()}
+    return tuple(with_layers(entry, **changes) for entry in value) if isinstance(value, tuple) else value
 
 
 # ------------------------------------------------------------------------------------------ save and load

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpt import config as configuration
 from jaxpt.checkpoint import Checkpoints, Preemption
-from jaxpt.config import BUILT_IN, RunConfig, parse_source, rate_changes, resolve_phases
+from jaxpt.config import BUILT_IN, RunConfig, parse_source, rate_changes, resolve_phases, with_layers
 from jaxpt.data.build import BuildConfig, build
 from jaxpt.data.pipeline import Phase, Pipeline, Source, check_continues, held_out
 from jaxpt.evaluate import evaluate
@@ -94,6 +94,7 @@ class Parts(NamedTuple):
 
     objective: Objective
     judge: Objective  # the same objective as it is evaluated
+    counted: Objective  # the same with dense attention, whose FLOPs can be counted
     specs: Tree  # of ParamSpec, with groups assigned
     optimizer: Any
     abstract: TrainState  # shapes, dtypes and shardings
@@ -105,6 +106,7 @@ def make_parts(config: RunConfig, vocab: Vocab, mesh: Mesh) -> Parts:
     """Return objective, optimizer and the shape of the state."""
     objective = config.objective.build(vocab)
     judge = config.objective.for_evaluation().build(vocab)
+    counted = with_layers(config.objective, attention="dense").build(vocab)
     shapes = jax.eval_shape(objective.init, jax.random.key(0))
     specs = assign_groups(config.optimizer, objective.specs)
     optimizer = make_optimizer(config.optimizer, specs, shapes, config.steps, rate_changes(config))
@@ -118,7 +120,7 @@ def make_parts(config: RunConfig, vocab: Vocab, mesh: Mesh) -> Parts:
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
     )
     born = jax.jit(first_state, out_shardings=shardings)
-    return Parts(objective, judge, specs, optimizer, placed, shardings, born)
+    return Parts(objective, judge, counted, specs, optimizer, placed, shardings, born)
 
 
 def compiled_train_step(config: RunConfig, parts: Parts, mesh: Mesh) -> Any:
@@ -151,6 +153,9 @@ def describe(config: RunConfig, parts: Parts, phases: tuple[Phase, ...], mesh: M
 def step_flops(parts: Parts, row: Batch, phase: Phase) -> float:
     """Return the useful matrix FLOPs of one step: what corruption needs, and three times the forward pass.
 
+    Attention counts as whole squares, as is usual (PaLM, appendix B), whichever form runs: how many tiles one skips
+    depends on the data.
+
     Args:
       parts: whose objective is measured.
       row: one row of a batch of the phase, for its shapes.
@@ -161,10 +166,10 @@ def step_flops(parts: Parts, row: Batch, phase: Phase) -> float:
 
     def corrupt(state: TrainState, batch: Batch) -> Example:
         snapshot = Snapshot(state.params, state.carry, state.step)
-        return make_example(parts.objective, snapshot, batch, jax.random.key(0))
+        return make_example(parts.counted, snapshot, batch, jax.random.key(0))
 
     def both(state: TrainState, batch: Batch) -> Sums:
-        return make_eval_step(parts.objective, seed=0)(state.params, state.carry, state.step, batch)
+        return make_eval_step(parts.counted, seed=0)(state.params, state.carry, state.step, batch)
 
     return 3 * matmul_flops(both, state, batch) - 2 * matmul_flops(corrupt, state, batch)
 

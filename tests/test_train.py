@@ -12,17 +12,18 @@ import chex
 import jax
 import numpy as np
 import pytest
+from support import packed_batch, tiny_vocab
 
 from jaxpt import train as trunk
 from jaxpt.checkpoint import Checkpoints
 from jaxpt.config import PhaseConfig, RunConfig
 from jaxpt.data.build import BuildConfig, build
-from jaxpt.data.pipeline import Pipeline
+from jaxpt.data.pipeline import Phase, Pipeline
 from jaxpt.models.config import TransformerConfig
 from jaxpt.objectives import CausalLM, MaskedLM
 from jaxpt.optimizer import OptimizerConfig
 from jaxpt.sharding import MeshConfig, make_mesh
-from jaxpt.train import evaluate_run, open_phases, train
+from jaxpt.train import evaluate_run, make_parts, open_phases, step_flops, train
 from jaxpt.types import RowSpec
 
 CLOCK = {"tokens_per_second", "mfu", "data_wait", "seconds"}
@@ -222,6 +223,21 @@ def test_a_killed_run_goes_on_across_phases_and_a_trace_changes_nothing(
     ]
     assert {stats.get("step_num") for name, stats in events if name == "train"} == {stop + 4, stop + 5}
     assert len(events) > 100
+
+
+@pytest.mark.parametrize("objective", [MaskedLM, CausalLM])
+def test_flops_of_a_step_do_not_depend_on_the_form_of_attention(objective: type):
+    rows, length, width, depth = 2, 1024, 32, 3
+    vocab, mesh = tiny_vocab(64), make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    found = {}
+    for form in ("dense", "auto", "blockwise"):
+        network = dataclasses.replace(NETWORK, depth=depth, max_length=length, attention=form)
+        parts = make_parts(RunConfig(objective(network)), vocab, mesh)
+        row = packed_batch(parts.objective.rows, vocab, length)
+        found[form] = step_flops(parts, row, Phase(0, (), length, rows))
+    layer = 2 * rows * length * 12 * width**2 + 4 * rows * length**2 * width
+    assert found["dense"] == found["auto"] == found["blockwise"]
+    assert 3 * depth * layer < found["dense"] < 3 * depth * layer * 1.1  # the head has the rest
 
 
 def test_schedule_free_is_judged_by_its_average(grown: Path, data: str, tmp_path: Path, monkeypatch, capsys):
