@@ -29,6 +29,7 @@ from jaxpt.data.files import Format, Piece, Unit, list_inputs
 from jaxpt.data.finish import KEY, part_arrays, write_rest, write_shards
 from jaxpt.data.jobs import run, say
 from jaxpt.data.manifest import Manifest, Split, is_local, write_atomically
+from jaxpt.data.phrases import FREQUENT, find_phrases
 from jaxpt.data.tokenizer import Tokenizer, byte_tokenizer, open_tokenizer, sentencepiece_tokenizer
 from jaxpt.data.train_tokenizer import Sample, check_vocab_size, train_sentencepiece
 
@@ -67,6 +68,18 @@ class BuildConfig:
     """Megabytes of text that the tokenizer is trained on."""
     validation: float = 0.05
     """Fraction of documents for validation, chosen by their content: adding documents never moves one."""
+    phrases: bool = False
+    """Find phrases by mutual information and mark where they start, for masking by phrases."""
+    phrase_count: int = 10
+    """How often an n-gram of 2 to 5 words must occur to be a phrase, 2 to 255 times."""
+    phrase_share: float = 0.5
+    """Share of the n-grams of each length that occur so often: those of the highest mutual information."""
+    fim_rate: float = 0.0
+    """Share of documents that are written for fill-in-the-middle, cut at characters before they are tokenised."""
+    fim_spm_rate: float = 0.5
+    """Share of those that have the suffix before the prefix."""
+    fim_seed: int = 0
+    """Seed of the cuts; each document's own follows from it and from its text."""
     shard_megabytes: int = 64
     """Largest size of a shard."""
     shard_documents: int = 1 << 20
@@ -121,11 +134,15 @@ def build(config: BuildConfig) -> Manifest:
     _say_problems(problems)
     _check_splits(config, totals, work, len(jobs))
 
-    shards = write_shards(
-        out, work, tokenizer, len(jobs), config.shard_megabytes << 20, config.shard_documents, workers
-    )
+    dtype = parts.token_dtype(tokenizer)
+    if config.phrases:
+        files = [parts.part_file(work, job.number, "train") for job in jobs]
+        find_phrases(files, work, tokenizer, dtype, config.phrase_count, config.phrase_share, workers)
+    limits = config.shard_megabytes << 20, config.shard_documents
+    shards = write_shards(out, work, dtype, config.phrases, len(jobs), limits, workers)
     splits = {split: Split(**totals[split], shards=shards[split]) for split in parts.SPLITS}
-    manifest = write_rest(out, work, tokenizer, splits, problems, sources, digests, len(jobs))
+    extras = {"phrase_starts": "bool"} if config.phrases else {}
+    manifest = write_rest(out, work, tokenizer, splits, problems, sources, digests, len(jobs), extras)
     manifest.save()
     shutil.rmtree(work, ignore_errors=True)
     _summary(manifest)
@@ -145,6 +162,12 @@ def _check(config: BuildConfig) -> None:
     for name in ("shard_megabytes", "shard_documents", "sample"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
+    for name in ("phrase_share", "fim_rate", "fim_spm_rate"):
+        value = getattr(config, name)
+        if not 0 <= value <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} is a share from 0 to 1, not {value}")
+    if not 2 <= config.phrase_count <= FREQUENT:
+        raise ValueError(f"--phrase-count is from 2 to {FREQUENT}, not {config.phrase_count}")
     if config.workers is not None and config.workers < 1:
         raise ValueError(f"--workers must be at least 1, not {config.workers}")
     if config.tokenizer is None and config.model != "byte":
@@ -164,7 +187,10 @@ def _given_tokenizer(config: BuildConfig) -> Tokenizer | None:
 def _key(config: BuildConfig, pieces: Sequence[Piece], tokenizer: Tokenizer | None) -> dict[str, Any]:
     """What the build is made from: equal keys make equal builds."""
     settings = dataclasses.asdict(config)
-    for irrelevant in ("out", "workers", "strict"):
+    unused = ["out", "workers", "strict"]
+    unused += [] if config.phrases else ["phrases", "phrase_count", "phrase_share"]
+    unused += [] if config.fim_rate else ["fim_rate", "fim_spm_rate", "fim_seed"]
+    for irrelevant in unused:
         del settings[irrelevant]
     if tokenizer is not None:
         settings["tokenizer"] = hashlib.sha256(tokenizer.data).hexdigest()
@@ -227,7 +253,16 @@ def _open_work(out: epath.Path, key: dict[str, Any]) -> Path:
 
 def _parts(config: BuildConfig, pieces: Sequence[Piece], work: Path) -> list[parts.Part]:
     return [
-        parts.Part(i, group, config.field, config.document, str(work), config.validation, config.strict)
+        parts.Part(
+            i,
+            group,
+            config.field,
+            config.document,
+            str(work),
+            config.validation,
+            config.strict,
+            (config.fim_rate, config.fim_spm_rate, config.fim_seed),
+        )
         for i, group in enumerate(parts.plan(pieces, config.document))
     ]
 

@@ -32,12 +32,21 @@ def part_arrays(work: Path, count: int, name: str) -> Iterator[np.ndarray]:
 
 
 def write_shards(
-    out: epath.Path, work: Path, tokenizer: Tokenizer, count: int, shard_bytes: int, shard_documents: int, workers: int
+    out: epath.Path, work: Path, token_dtype: str, phrases: bool, count: int, limits: tuple[int, int], workers: int
 ) -> dict[str, tuple[Shard, ...]]:
-    """Write the documents of `count` parts into shards, at their place; the shards of each split."""
-    itemsize = np.dtype(parts.token_dtype(tokenizer)).itemsize
-    jobs = parts.plan_shards(count, work, itemsize, shard_bytes, shard_documents)
-    total = sum((work / f"part-{i:05d}-{s}.bin").stat().st_size for i in range(count) for s in parts.SPLITS)
+    """Write the documents of `count` parts into shards, at their place; the shards of each split.
+
+    Args:
+      out: the folder of the build.
+      work: the folder of its parts.
+      token_dtype: of the documents.
+      phrases: whether phrases were found and are to be marked.
+      count: the number of parts.
+      limits: the bytes and the documents of a shard, at most.
+      workers: processes.
+    """
+    jobs = parts.plan_shards(count, work, token_dtype, phrases, *limits)
+    total = sum(parts.part_file(work, i, split).stat().st_size for i in range(count) for split in parts.SPLITS)
     records = run("writing shards", parts.write_shard, jobs, workers, total)
     shards: dict[str, list[Shard]] = {split: [] for split in parts.SPLITS}
     for job, record in zip(jobs, records, strict=True):
@@ -60,6 +69,7 @@ def write_rest(
     sources: Sequence[Piece],
     digests: dict[str, str],
     count: int,
+    extras: dict[str, str],
 ) -> Manifest:
     """Write everything but manifest.json itself.
 
@@ -72,6 +82,7 @@ def write_rest(
       sources: the input files.
       digests: SHA-256 of the input files, by name.
       count: the number of parts.
+      extras: further flags per token that the shards have.
 
     Returns:
       The manifest, to be saved.
@@ -101,6 +112,7 @@ def write_rest(
             "vocab.npz",
             _npz(is_special=tokenizer.is_special, starts_word=tokenizer.starts_word, token_bytes=tokenizer.token_bytes),
         ),
+        extras=extras,
         provenance={
             "settings": {name: value for name, value in key.items() if name != "files"},
             "versions": _versions(),

@@ -54,7 +54,7 @@ class Manifest:
       splits: "train" and "validation".
       unigram: "file" and "sha256" of the token counts of the training split, int64 [V].
       vocab_arrays: "file" and "sha256" of is_special, starts_word and token_bytes, each [V].
-      extras: name -> dtype of further arrays per token; none today.
+      extras: name -> "bool" of further flags per token, in the order of the records: "phrase_starts" or none.
       provenance: configuration, versions, inputs with sizes and digests.
       skipped: what could not be read, by reason, with examples.
     """
@@ -139,12 +139,13 @@ def load_vocab(path: str | os.PathLike[str]) -> Vocab:
     return Manifest.load(path).load_vocab()
 
 
-def encode_document(tokens: np.ndarray, sentence_starts: np.ndarray) -> bytes:
-    """One record: the number of tokens n, the tokens, and one bit per token that says where sentences start.
+def encode_document(tokens: np.ndarray, sentence_starts: np.ndarray, *extras: np.ndarray) -> bytes:
+    """One record: the number of tokens n, the tokens, and a bit per token for sentence starts and for each extra.
 
     Args:
       tokens: [n], of the build's token dtype (uint16 or uint32), no special tokens added.
       sentence_starts: [n] bool; the first token always starts a sentence.
+      extras: [n] bool each, in the order of `Manifest.extras`.
 
     >>> tokens, starts = np.array([5, 6, 7], np.uint16), np.array([True, False, True])
     >>> record = encode_document(tokens, starts)
@@ -154,11 +155,17 @@ def encode_document(tokens: np.ndarray, sentence_starts: np.ndarray) -> bytes:
     assert tokens.ndim == 1 and tokens.shape == sentence_starts.shape and len(tokens) > 0, "a document has tokens"
     assert tokens.dtype in (np.uint16, np.uint32) and sentence_starts[0]
     body = tokens.astype(tokens.dtype.newbyteorder("<"), copy=False)
-    return np.array(len(tokens), "<u4").tobytes() + body.tobytes() + np.packbits(sentence_starts).tobytes()
+    flags = [np.packbits(flag).tobytes() for flag in (sentence_starts, *extras)]
+    return b"".join((np.array(len(tokens), "<u4").tobytes(), body.tobytes(), *flags))
 
 
-def decode_document(record: bytes, token_dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens [n] (of `token_dtype`, read-only) and sentence ids [n] int32 (0, 1, ...) of one record.
+def decode_document(record: bytes, token_dtype: str, extras: int = 0) -> tuple[np.ndarray, ...]:
+    """The tokens [n] (of `token_dtype`, read-only), sentence ids [n] int32 (0, 1, ...) and extras [n] bool of a record.
+
+    Args:
+      record: of `encode_document`.
+      token_dtype: "uint16" or "uint32".
+      extras: how many extras the records of the build have.
 
     Raises:
       ValueError: the record's size does not fit its number of tokens.
@@ -166,11 +173,12 @@ def decode_document(record: bytes, token_dtype: str) -> tuple[np.ndarray, np.nda
     dtype = np.dtype(token_dtype).newbyteorder("<")
     n = int.from_bytes(record[:4], "little")
     end = 4 + n * dtype.itemsize
-    if n == 0 or len(record) != end + (n + 7) // 8:
+    if n == 0 or len(record) != end + (1 + extras) * ((n + 7) // 8):
         raise ValueError(f"a record of {len(record)} bytes cannot hold a document of {n} {token_dtype} tokens")
     tokens = np.frombuffer(record, dtype, n, 4)
-    starts = np.unpackbits(np.frombuffer(record, np.uint8, offset=end), count=n)
-    return tokens, np.cumsum(starts, dtype=np.int32) - 1
+    bits = np.frombuffer(record, np.uint8, offset=end).reshape(1 + extras, -1)
+    starts, *flags = np.unpackbits(bits, axis=1, count=n)
+    return tokens, np.cumsum(starts, dtype=np.int32) - 1, *(flag.astype(bool) for flag in flags)
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

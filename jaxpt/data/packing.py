@@ -99,8 +99,8 @@ def count_rows(packing: Packing, lengths_N: np.ndarray, length: int) -> int:
 
 
 def fill_rows(
-    rows: int, length: int, pad: int, row_P: np.ndarray, pieces: Sequence[tuple[np.ndarray, np.ndarray]]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    rows: int, length: int, pad: int, row_P: np.ndarray, pieces: Sequence[tuple[np.ndarray, ...]], flags: int = 0
+) -> tuple[np.ndarray, ...]:
     """Write pieces into rows of padding.
 
     Args:
@@ -108,21 +108,24 @@ def fill_rows(
       length: tokens per row L.
       pad: token id of the padding.
       row_P: [P] row of each piece; the pieces of a row follow each other, in the order of their columns.
-      pieces: P times (tokens, sentence ids), both [tokens of the piece].
+      pieces: P times (tokens, sentence ids, flags...), each [tokens of the piece].
+      flags: how many flags a piece has.
 
     Returns:
       tokens, segment ids (1, 2, ... per row, 0 = padding), positions and sentence ids (both restart at 0 in each
-      piece), each [R, L] int32.
+      piece), each [R, L] int32; and the flags, [R, L] bool, True at padding.
 
     >>> piece = lambda *tokens: (np.array(tokens), np.zeros(len(tokens), int))
-    >>> tokens, segments, positions, _ = fill_rows(2, 4, 0, np.array([0, 0]), [piece(7, 8), piece(9)])
+    >>> tokens, segments, positions, *_ = fill_rows(2, 4, 0, np.array([0, 0]), [piece(7, 8), piece(9)])
     >>> tokens.tolist(), segments[0].tolist(), positions[0].tolist()
     ([[7, 8, 9, 0], [0, 0, 0, 0]], [1, 1, 2, 0], [0, 1, 0, 0])
     """
     arrays = np.zeros((4, rows * length), np.int32)
     arrays[0] = pad
+    marks = np.ones((flags, rows * length), bool)
     if pieces:
-        sizes = np.array([len(tokens) for tokens, _ in pieces])
+        tokens, sentences, *marked = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+        sizes = np.array([len(piece[0]) for piece in pieces])
         ends = np.cumsum(sizes)
         begins = ends - sizes
         first_of_row = np.searchsorted(row_P, row_P)  # the first piece of the same row
@@ -130,35 +133,36 @@ def fill_rows(
         columns = begins - begins[first_of_row]
         assert np.all(columns + sizes <= length), "the pieces of a row fit into it"
         slots = (row_P * length + columns)[piece] + position
-        sentences = np.concatenate([sentence_ids for _, sentence_ids in pieces])
-        arrays[0, slots] = np.concatenate([tokens for tokens, _ in pieces])
+        arrays[0, slots] = tokens
         arrays[1, slots] = (np.arange(len(pieces)) - first_of_row + 1)[piece]
         arrays[2, slots] = position
         arrays[3, slots] = sentences - sentences[begins][piece]
-    tokens_RL, segment_ids_RL, positions_RL, sentence_ids_RL = arrays.reshape(4, rows, length)
-    return tokens_RL, segment_ids_RL, positions_RL, sentence_ids_RL
+        for mark, values in zip(marks, marked, strict=True):
+            mark[slots] = values
+    return *arrays.reshape(4, rows, length), *marks.reshape(flags, rows, length)
 
 
 def cut_piece(
-    document: tuple[np.ndarray, np.ndarray], start: int, size: int, prefix: np.ndarray, suffix: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and sentence ids of `size` tokens from `start` of prefix + document + suffix.
+    document: tuple[np.ndarray, ...], start: int, size: int, prefix: np.ndarray, suffix: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """Tokens, sentence ids and flags of `size` tokens from `start` of prefix + document + suffix.
 
-    The prefix belongs to the first sentence and the suffix to the last.
+    The prefix belongs to the first sentence and the suffix to the last; the flags of both are True.
 
     >>> document = np.array([5, 6, 7]), np.array([0, 0, 1])
     >>> [a.tolist() for a in cut_piece(document, 2, 3, np.array([1]), np.array([2]))]
     [[6, 7, 2], [0, 1, 1]]
     """
-    tokens, sentence_ids = document
+    tokens, sentence_ids, *flags = document
     begin, end = start - len(prefix), start - len(prefix) + size
     if begin >= 0 and end <= len(tokens):
-        return tokens[begin:end], sentence_ids[begin:end]
+        return tuple(array[begin:end] for array in document)
     before, after = prefix[start : start + size], suffix[max(begin - len(tokens), 0) : max(end - len(tokens), 0)]
     inside = slice(max(begin, 0), max(end, 0))
     return (
         np.concatenate([before, tokens[inside], after]),
         np.concatenate([np.zeros(len(before), int), sentence_ids[inside], np.full(len(after), sentence_ids[-1])]),
+        *(np.concatenate([np.ones(len(before), bool), f[inside], np.ones(len(after), bool)]) for f in flags),
     )
 
 

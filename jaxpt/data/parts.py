@@ -18,9 +18,11 @@ import numpy as np
 
 from jaxpt.data.corpus import read_prose
 from jaxpt.data.files import Piece, Unit, compressed, split_piece
+from jaxpt.data.infilling import cut_document, draw_cut
 from jaxpt.data.jobs import advance
 from jaxpt.data.manifest import encode_document, sha256
-from jaxpt.data.sentences import Document, sentence_ends
+from jaxpt.data.phrases import append_phrase_starts
+from jaxpt.data.sentences import Document, document_starts
 from jaxpt.data.text import Problem, read_piece
 from jaxpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxpt.data.train_tokenizer import Sample, chunked
@@ -29,6 +31,7 @@ EXAMPLES = 10  # problems of a kind that are kept in full
 SPLITS = ("train", "validation")
 COUNTS = ("documents", "tokens", "bytes", "sentences")
 PART_BYTES = (1 << 20, 64 << 20)  # the smallest and the largest part
+PHRASE_BYTES = 1 << 20  # of encoded documents whose phrases are marked together
 EXTRACTED = ".extracted"  # what prose extraction writes: JSON lines of [text, sentence ends]
 
 
@@ -43,6 +46,7 @@ class Part(NamedTuple):
       work: the folder for what is made of it.
       validation: fraction of documents for validation.
       strict: refuse problems instead of counting them.
+      infilling: share of documents cut for fill-in-the-middle, share of those with the suffix first, seed.
       tokenizer: digest of the tokenizer that `work` holds.
     """
 
@@ -53,6 +57,7 @@ class Part(NamedTuple):
     work: str
     validation: float
     strict: bool
+    infilling: tuple[float, float, int] = (0.0, 0.0, 0)
     tokenizer: str = ""
 
 
@@ -178,9 +183,10 @@ def encode_part(part: Part) -> dict[str, Any]:
     problems: dict[str, dict[str, Any]] = {}
     counts = {split: dict.fromkeys(COUNTS, 0) for split in SPLITS}
     lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
-    with _part_file(base, "train").open("wb") as train, _part_file(base, "validation").open("wb") as validation:
+    train_file, validation_file = (part_file(Path(part.work), part.number, split) for split in SPLITS)
+    with train_file.open("wb") as train, validation_file.open("wb") as validation:
         for piece, item in documents(part):
-            encoded = _encode(tokenizer, item) if isinstance(item, Document) else item
+            encoded = _encode(tokenizer, item, part.infilling) if isinstance(item, Document) else item
             if isinstance(encoded, Problem):
                 entry = problems.setdefault(encoded.reason, {"count": 0, "examples": []})
                 entry["count"] += 1
@@ -213,26 +219,22 @@ def content_hash(data: bytes) -> int:
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
 
 
-def _encode(tokenizer: Tokenizer, document: Document) -> tuple[np.ndarray, np.ndarray, bytes] | Problem:
+def _encode(
+    tokenizer: Tokenizer, document: Document, infilling: tuple[float, float, int]
+) -> tuple[np.ndarray, np.ndarray, bytes] | Problem:
     """Tokens [n], sentence starts [n] bool, and the text in UTF-8."""
     tokens, begins = tokenizer.encode(document.text)
     if not len(tokens):
         return Problem("document", "no tokens", document.text[:40])
-    return tokens.astype(token_dtype(tokenizer)), document_starts(document, begins), document.text.encode()
+    starts, cut = document_starts(document, begins), draw_cut(document.text, *infilling)
+    if cut is not None:
+        tokens, starts = cut_document(tokenizer, document, cut)
+    return tokens.astype(token_dtype(tokenizer)), starts, document.text.encode()
 
 
-def document_starts(document: Document, begins: np.ndarray) -> np.ndarray:
-    """Which tokens start a sentence [n] bool: the first, and the first that begins at or after a sentence's end."""
-    starts = np.zeros(len(begins), bool)
-    ends = np.array(sentence_ends(document.text) if document.ends is None else document.ends, np.int64)
-    first = np.searchsorted(begins, ends)
-    starts[first[first < len(begins)]] = True
-    starts[0] = True
-    return starts
-
-
-def _part_file(base: Path, split: str) -> Path:
-    return base.with_name(f"{base.name}-{split}.bin")
+def part_file(work: Path, part: int, split: str) -> Path:
+    """The file of the encoded documents of a part and split."""
+    return work / f"part-{part:05d}-{split}.bin"
 
 
 # -------------------------------------------------------------------------------------------- shards
@@ -245,17 +247,20 @@ class ShardJob(NamedTuple):
     number: int
     ranges: tuple[tuple[int, int, int], ...]
     work: str
-    itemsize: int
+    token_dtype: str
+    phrases: bool
 
 
-def plan_shards(part_count: int, work: Path, itemsize: int, shard_bytes: int, shard_documents: int) -> list[ShardJob]:
+def plan_shards(
+    part_count: int, work: Path, token_dtype: str, phrases: bool, shard_bytes: int, shard_documents: int
+) -> list[ShardJob]:
     """Cut the documents of all parts, in order, into shards of at most so many bytes and documents."""
     jobs = []
     for split in SPLITS:
         ranges: list[tuple[int, int, int]] = []
         index = filled = count = 0
         for part in range(part_count):
-            sizes = _record_bytes(_lengths(work, part, split), itemsize)
+            sizes = _record_bytes(_lengths(work, part, split), token_dtype, int(phrases))
             start = 0
             while start < len(sizes):
                 ends = np.cumsum(sizes[start:])
@@ -268,11 +273,11 @@ def plan_shards(part_count: int, work: Path, itemsize: int, shard_bytes: int, sh
                     filled += int(ends[stop - start - 1])
                     count += stop - start
                 if stop < len(sizes):
-                    jobs.append(ShardJob(split, index, tuple(ranges), str(work), itemsize))
+                    jobs.append(ShardJob(split, index, tuple(ranges), str(work), token_dtype, phrases))
                     ranges, index, filled, count = [], index + 1, 0, 0
                 start = stop
         if ranges:
-            jobs.append(ShardJob(split, index, tuple(ranges), str(work), itemsize))
+            jobs.append(ShardJob(split, index, tuple(ranges), str(work), token_dtype, phrases))
     return jobs
 
 
@@ -281,9 +286,33 @@ def _lengths(work: Path, part: int, split: str) -> np.ndarray:
         return arrays[split]
 
 
-def _record_bytes(lengths: np.ndarray, itemsize: int) -> np.ndarray:
+def _record_bytes(lengths: np.ndarray, token_dtype: str, extras: int = 0) -> np.ndarray:
     lengths = lengths.astype(np.int64)
-    return 4 + lengths * itemsize + (lengths + 7) // 8
+    return 4 + lengths * np.dtype(token_dtype).itemsize + (1 + extras) * ((lengths + 7) // 8)
+
+
+def _records(job: ShardJob) -> Iterator[bytes]:
+    """The documents of a shard as the parts have them, without extras."""
+    for part, first, last in job.ranges:
+        sizes = _record_bytes(_lengths(Path(job.work), part, job.split), job.token_dtype)
+        with part_file(Path(job.work), part, job.split).open("rb") as file:
+            file.seek(int(sizes[:first].sum()))
+            for size in sizes[first:last]:
+                yield file.read(int(size))
+                advance(int(size))
+
+
+def _with_phrases(job: ShardJob) -> Iterator[bytes]:
+    records: list[bytes] = []
+    size = 0
+    for record in _records(job):
+        records.append(record)
+        size += len(record)
+        if size > PHRASE_BYTES:
+            yield from append_phrase_starts(records, job.token_dtype, Path(job.work))
+            records, size = [], 0
+    if records:
+        yield from append_phrase_starts(records, job.token_dtype, Path(job.work))
 
 
 def write_shard(job: ShardJob) -> dict[str, Any]:
@@ -299,18 +328,10 @@ def write_shard(job: ShardJob) -> dict[str, Any]:
     shard, lengths_file = work / f"{name}.array_record", work / f"{name}.lengths.npy"
     # one record per group: a reader that jumps about decodes no more than it asked for
     writer = ArrayRecordWriter(str(shard), "group_size:1,uncompressed")
-    kept = []
-    for part, first, last in job.ranges:
-        lengths = _lengths(work, part, job.split)
-        sizes = _record_bytes(lengths, job.itemsize)
-        with _part_file(work / f"part-{part:05d}", job.split).open("rb") as file:
-            file.seek(int(sizes[:first].sum()))
-            for size in sizes[first:last]:
-                writer.write(file.read(int(size)))
-                advance(int(size))
-        kept.append(lengths[first:last])
+    for record in _with_phrases(job) if job.phrases else _records(job):
+        writer.write(record)
     writer.close()
-    lengths = np.concatenate(kept)
+    lengths = np.concatenate([_lengths(work, part, job.split)[first:last] for part, first, last in job.ranges])
     np.save(lengths_file, lengths)
     reader = ArrayRecordReader(str(shard))
     if reader.num_records() != len(lengths):

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxpt.data.manifest import Manifest
 from jaxpt.data.order import Address, Mixture
-from jaxpt.data.reader import SourceReader, read_ahead, read_batch
+from jaxpt.data.reader import DOCUMENT_IDS, SourceReader, read_ahead, read_batch
 from jaxpt.types import Batch, RowSpec, Vocab
 
 Indices = slice | Sequence[int] | np.ndarray
@@ -119,7 +119,8 @@ class Pipeline:
 
     def fingerprint(self) -> dict[str, Any]:
         """What must not change on resume, as JSON; see `check_continues`."""
-        return {
+        fields = {"fields": list(self._rows.fields)} if self._rows.fields else {}
+        return fields | {
             "order": ORDER,
             "seed": self._seed,
             "split": self._split,
@@ -275,11 +276,12 @@ def _load_manifests(paths: Sequence[str], rows: RowSpec) -> dict[str, Manifest]:
                 f"again with the other's, `jaxpt data build {path} --tokenizer {paths[0]}/{first.tokenizer['file']}`"
             )
         for name in rows.fields:
-            if name not in manifest.extras:
+            if name not in manifest.extras and name != DOCUMENT_IDS:
+                remedy = "--phrases" if name == "phrase_starts" else "that field"
                 raise ValueError(
                     f"the objective reads the field {name!r} and the data in {path} does not have it (it has: "
-                    f"{', '.join(sorted(manifest.extras)) or 'none'}): build the data again with that field, or choose "
-                    f"an objective that does not need it"
+                    f"{', '.join(sorted(manifest.extras)) or 'none'}): build the data again with {remedy}, in another "
+                    f"folder, or choose an objective that does not need it"
                 )
     return manifests
 

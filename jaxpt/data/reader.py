@@ -15,6 +15,7 @@ from jaxpt.data.packing import cut_piece, fill_rows
 from jaxpt.data.shards import Documents
 from jaxpt.types import Batch, RowSpec
 
+DOCUMENT_IDS = "document_ids"  # a field that all data have: equal for the pieces of one document
 PREFETCHED = 8  # batches that wait in memory for the step
 
 
@@ -28,7 +29,9 @@ class SourceReader:
                 f"a row of length {length} keeps {self.length} tokens of text, since the objective reserves the rest: "
                 f"raise the sequence length"
             )
-        self.documents = Documents(manifest, split, keep_above=self.length)
+        stored = [name for name in rows.fields if name != DOCUMENT_IDS]
+        self.documents = Documents(manifest, split, keep_above=self.length, fields=stored)
+        self.fields = rows.fields
         self.prefix, self.suffix = np.array(rows.prefix, np.int32), np.array(rows.suffix, np.int32)
         added = len(rows.prefix) + len(rows.suffix)
 
@@ -44,6 +47,7 @@ def read_batch(
 ) -> Batch:
     """Read and lay out some rows: `wanted` says the source and the address of each, None for a filler row."""
     pieces: list[Any] = [()] * len(wanted)  # by row: its pieces
+    owners: list[Any] = [()] * len(wanted)  # by row: the documents that they are of
     by_block = sorted((k, address.epoch, address.block, r, address.row) for r, (k, address) in _present(wanted))
     for k, of_source in groupby(by_block, key=lambda item: item[0]):
         reader = readers[k]
@@ -58,10 +62,21 @@ def read_batch(
         indices = sorted({document for _, cut in cuts for document, _, _ in cut})
         texts = dict(zip(indices, reader.documents.read(indices), strict=True))
         for r, cut in cuts:
+            owners[r] = [k << 28 ^ d for d, _, _ in cut]
             pieces[r] = [cut_piece(texts[d], start, size, reader.prefix, reader.suffix) for d, start, size in cut]
     row_P = np.repeat(np.arange(len(wanted)), [len(of_row) for of_row in pieces])
     flat = [piece for of_row in pieces for piece in of_row]
-    tokens, segment_ids, positions, sentence_ids = fill_rows(len(wanted), readers[0].length, pad, row_P, flat)
+    fields = readers[0].fields
+    stored = len(fields) - (DOCUMENT_IDS in fields)
+    tokens, segment_ids, positions, sentence_ids, *flags = fill_rows(
+        len(wanted), readers[0].length, pad, row_P, flat, stored
+    )
+    extras: dict[str, Any] = dict(zip((name for name in fields if name != DOCUMENT_IDS), flags, strict=True))
+    if DOCUMENT_IDS in fields:
+        table = np.array([document for of_row in owners for document in of_row] or [0], np.int64)
+        first = np.searchsorted(row_P, np.arange(len(wanted)))[:, None]
+        index = np.minimum(first + np.maximum(segment_ids - 1, 0), len(table) - 1)
+        extras[DOCUMENT_IDS] = np.where(segment_ids > 0, table[index] & 0x7FFFFFFF, -1).astype(np.int32)
     arrays: dict[str, Any] = {
         "tokens": tokens,
         "segment_ids": segment_ids,
@@ -71,7 +86,7 @@ def read_batch(
         "source_ids": np.array([0 if item is None else item[0] for item in wanted], np.int32),
         "valid": np.array([item is not None for item in wanted], np.float32),
     }
-    return Batch(**arrays, extras={})
+    return Batch(**arrays, extras=extras)
 
 
 def _present(wanted: Sequence[tuple[int, Address] | None]) -> Iterator[tuple[int, tuple[int, Address]]]:

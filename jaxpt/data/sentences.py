@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
+
 
 class Document(NamedTuple):
     """One document to be encoded.
@@ -66,6 +68,21 @@ def _begins(text: str, following: int, stop: int, end: int) -> bool:
     if not (first.isalnum() or first in _OPENERS) or first.islower():
         return False
     return not (text[stop] == "." and _ABBREVIATION.search(text, max(0, stop - 12), stop))
+
+
+def document_starts(document: Document, begins: np.ndarray) -> np.ndarray:
+    """Which tokens start a sentence [n] bool: the first, and the first that begins at or after a sentence's end.
+
+    Args:
+      document: the document.
+      begins: [n] the characters at which its tokens begin, ascending.
+    """
+    starts = np.zeros(len(begins), bool)
+    ends = np.array(sentence_ends(document.text) if document.ends is None else document.ends, np.int64)
+    first = np.searchsorted(begins, ends)
+    starts[first[first < len(begins)]] = True
+    starts[:1] = True
+    return starts
 
 
 def join_sentences(sentences: Iterable[str]) -> Document:

@@ -16,7 +16,7 @@ from etils import epath
 
 from jaxpt.data.manifest import Manifest, check_digest, decode_document, is_local, sha256
 
-Document = tuple[np.ndarray, np.ndarray]  # tokens [n], sentence ids [n]
+Document = tuple[np.ndarray, ...]  # tokens [n], sentence ids [n], and the extras that are read, [n] bool each
 
 OPEN_DOCUMENTS = 1 << 19  # an open shard costs about 40 bytes of index per document, so only recent ones stay open
 OPEN_SHARDS = 8
@@ -32,12 +32,13 @@ class Documents:
       manifest: the data build.
       split: "train" or "validation".
       keep_above: documents with more tokens than this are kept in memory for a while once read.
+      fields: which extras of the manifest are read.
 
     Raises:
       ValueError: there is no such split, or it holds no token.
     """
 
-    def __init__(self, manifest: Manifest, split: str, keep_above: int):
+    def __init__(self, manifest: Manifest, split: str, keep_above: int, fields: Sequence[str] = ()):
         found = manifest.splits.get(split)
         if found is None or found.tokens == 0:
             raise ValueError(
@@ -46,6 +47,7 @@ class Documents:
                 + ", or leave it out of the sources"
             )
         self._manifest, self._shards, self._keep_above = manifest, found.shards, keep_above
+        self._fields = [2 + list(manifest.extras).index(name) for name in fields]  # their places in a document
         self._starts = np.concatenate([[0], np.cumsum([shard.documents for shard in found.shards])])
         self._readers: OrderedDict[int, array_record_module.ArrayRecordReader] = OrderedDict()
         self._kept: OrderedDict[int, Document] = OrderedDict()
@@ -70,7 +72,7 @@ class Documents:
         return np.concatenate(parts, dtype=np.int64)
 
     def read(self, indices: Sequence[int] | np.ndarray) -> list[Document]:
-        """Tokens and sentence ids of some documents.
+        """Tokens, sentence ids and extras of some documents.
 
         Args:
           indices: of documents, in any order.
@@ -87,7 +89,8 @@ class Documents:
                 of_shard = missing[shards == shard]
                 records = self._reader(int(shard)).read((of_shard - self._starts[shard]).tolist())
                 for index, record in zip(of_shard.tolist(), records, strict=True):
-                    found[index] = decode_document(record, self._manifest.token_dtype)
+                    document = decode_document(record, self._manifest.token_dtype, len(self._manifest.extras))
+                    found[index] = (*document[:2], *(document[place] for place in self._fields))
             for index, document in found.items():
                 self._keep(index, document)
             return [found[index] for index in wanted.tolist()]

@@ -40,6 +40,8 @@ class Tokenizer:
       token_bytes: [V] int32; UTF-8 bytes of the text that a token stands for, 0 for special tokens.
       encode_window: text -> Encoding, for texts of moderate length.
       decode_ids: ids without special tokens -> text.
+      pieces: how the vocabulary writes its tokens, by id; special tokens that were added behind it are not there.
+      texts: what they stand for, or nothing where a piece alone says more ("##ing").
     """
 
     kind: str
@@ -52,6 +54,8 @@ class Tokenizer:
     token_bytes: np.ndarray
     encode_window: Callable[[str], Encoding]
     decode_ids: Callable[[list[int]], str]
+    pieces: Sequence[str]
+    texts: Sequence[bytes] | None
     options: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -73,6 +77,35 @@ class Tokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of token ids; special tokens are left out."""
         return self.decode_ids([int(i) for i in ids if not self.is_special[i]])
+
+    def name(self, token: int) -> str:
+        """One token for a person to read: spaces are "▁", line ends "↵", bytes "<0xE3>", special tokens as "[MASK]".
+
+        >>> tokenizer = byte_tokenizer()
+        >>> [tokenizer.name(token) for token in [6, 7, 139, 117, 208, 302]]
+        ['[MASK]', '<extra_id_0>', '▁', '↵', 'e', '<0xC3>']
+        """
+        if not 0 <= token < self.size:
+            return f"<{token}>"  # no token: a filler
+        if self.is_special[token]:
+            return self._special_name(token)
+        if self.texts is None:
+            return self.pieces[token]
+        try:
+            text = self.texts[token].decode()
+        except UnicodeDecodeError:
+            return "".join(f"<0x{byte:02X}>" for byte in self.texts[token])
+        text = text.translate({ord(" "): "▁", ord("\n"): "↵", ord("\t"): "⇥"})
+        return "".join(c if c.isprintable() else f"<U+{ord(c):04X}>" for c in text)
+
+    def _special_name(self, token: int) -> str:
+        """The name that the vocabulary gives a special token, in capitals and brackets if it is one of the usual."""
+        piece = self.pieces[token] if token < len(self.pieces) else ""
+        if token in self.sentinels:
+            return piece or f"<extra_id_{self.sentinels.index(token)}>"
+        roles = [role for role, at in self.special.items() if at == token]
+        usual = [role for role in roles if not piece or piece in (f"<{role}>", f"[{role.upper()}]")]
+        return f"[{usual[0].upper()}]" if usual else piece
 
 
 def _join_windows(encode: Callable[[str], Encoding], text: str) -> Encoding:
@@ -140,6 +173,8 @@ def _build(
         is_special=is_special,
         starts_word=first,
         token_bytes=token_bytes,
+        pieces=pieces,
+        texts=texts if starts is None else None,
         **rest,
     )
 

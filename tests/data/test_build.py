@@ -115,14 +115,16 @@ def test_shards_by_size(tmp_path):
         lengths = rng.integers(1, 50, 30).astype(np.uint32)
         np.savez(work / f"part-{part:05d}.npz", train=lengths, validation=np.zeros(0, np.uint32))
         all_sizes += [4 + 2 * n + (n + 7) // 8 for n in lengths.tolist()]
-    planned = parts.plan_shards(4, work, 2, 300, 1000)
+    planned = parts.plan_shards(4, work, "uint16", False, 300, 1000)
     sizes = iter(all_sizes)
     filled = [[next(sizes) for _, a, b in job.ranges for _ in range(a, b)] for job in planned]
     assert [size for shard in filled for size in shard] == all_sizes
     assert all(sum(shard) <= 300 for shard in filled)
     assert all(sum(a) + b[0] > 300 for a, b in itertools.pairwise(filled))
     assert [job.number for job in planned] == list(range(len(planned)))
-    assert [len(job.ranges) for job in parts.plan_shards(4, work, 2, 1, 1000)] == [1] * 120  # each has its own
+    assert [len(job.ranges) for job in parts.plan_shards(4, work, "uint16", False, 1, 1000)] == [
+        1
+    ] * 120  # each has its own
 
 
 KILLED = """
