@@ -32,6 +32,17 @@ BERT = {
     "max_position_embeddings": 20,
     "type_vocab_size": 2,
 }
+DEBERTA = {name: value for name, value in BERT.items() if name != "type_vocab_size"} | {
+    "type_vocab_size": 0,
+    "relative_attention": True,
+    "position_buckets": 4,  # few, so that rows of 12 tokens reach the logarithmic ones and the last
+    "max_relative_positions": 9,
+    "pos_att_type": "p2c|c2p",
+    "norm_rel_ebd": "layer_norm",
+    "position_biased_input": False,
+    "layer_norm_eps": 1e-2,  # large enough to show where it is added
+    "legacy": False,
+}
 T5 = {
     "vocab_size": VOCAB,
     "d_model": 32,
@@ -65,6 +76,9 @@ FAMILIES: dict[str, tuple[Any, Any]] = {
     "roberta": (hf.RobertaForMaskedLM, hf.RobertaConfig(**(BERT | {"type_vocab_size": 1}), layer_norm_eps=1e-5)),
     "albert": (hf.AlbertForMaskedLM, hf.AlbertConfig(**BERT, embedding_size=16, hidden_act="gelu_new")),
     "electra": (hf.ElectraForMaskedLM, hf.ElectraConfig(**BERT, embedding_size=16)),
+    "electra_detection": (hf.ElectraForPreTraining, hf.ElectraConfig(**BERT, embedding_size=16)),
+    "deberta_v3": (hf.DebertaV2ForMaskedLM, hf.DebertaV2Config(**DEBERTA, share_att_key=True)),
+    "deberta_apart": (hf.DebertaV2ForMaskedLM, hf.DebertaV2Config(**DEBERTA, share_att_key=False)),
     "gpt2": (hf.GPT2LMHeadModel, hf.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=20)),
     "llama": (
         hf.LlamaForCausalLM,
@@ -183,7 +197,7 @@ def hash_of(name: str) -> int:
 
 
 def buckets() -> dict[str, Any]:
-    """T5's relative position buckets for distances -300 ... 300."""
+    """T5's relative position buckets for distances -300 ... 300, and DeBERTa's for -600 ... 600."""
     from transformers.models.t5.modeling_t5 import T5Attention  # pyright: ignore[reportMissingImports]
 
     distance = torch.arange(-300, 301)
@@ -192,6 +206,13 @@ def buckets() -> dict[str, Any]:
         for count, far in ((32, 128), (8, 20)):
             table = T5Attention._relative_position_bucket(distance, both, count, far)
             tables[f"{name}_{count}_{far}"] = table.numpy().astype(np.int32)
+    from transformers.models.deberta_v2.modeling_deberta_v2 import (  # pyright: ignore[reportMissingImports]
+        make_log_bucket_position,
+    )
+
+    for count, far in ((256, 512), (4, 9), (32, 128)):
+        table = make_log_bucket_position(torch.arange(-600, 601), count, far).to(torch.long)
+        tables[f"deberta_{count}_{far}"] = torch.clamp(table + count, 0, 2 * count - 1).numpy().astype(np.int32)
     return tables
 
 
@@ -217,6 +238,12 @@ def published() -> dict[str, tuple[Any, Any]]:
             hf.ElectraConfig(**bert_like(*shape), embedding_size=shape[0]),
         )
     models["electra/small"] = hf.ElectraModel, hf.ElectraConfig(**bert_like(256, 12, 4), embedding_size=128)
+    deberta = {"xsmall": (384, 12, 6), "small": (768, 6, 12), "base": (768, 12, 12), "large": (1024, 24, 16)}
+    for size, shape in deberta.items():
+        settings = DEBERTA | bert_like(*shape, position_buckets=256, max_relative_positions=-1, share_att_key=True)
+        del settings["max_position_embeddings"]
+        config = hf.DebertaV2Config(**(settings | {"vocab_size": 128_100}))
+        models[f"deberta_v3/{size}"] = hf.DebertaV2ForMaskedLM, config
     albert = {"base": (768, 12, 12), "large": (1024, 24, 16), "xlarge": (2048, 24, 16), "xxlarge": (4096, 12, 64)}
     for size, shape in albert.items():
         models[f"albert/{size}"] = hf.AlbertForMaskedLM, hf.AlbertConfig(**bert_like(*shape), embedding_size=128)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxpt.models.attention import attend
@@ -45,6 +46,7 @@ class Sight(NamedTuple):
     window: int | None = None
     angles: tuple[Array, Array] | None = None  # rotary, of queries and keys alike
     bias: Array | None = None  # see ``attend``
+    distances: tuple[Array, Array] | None = None  # disentangled: table [P, D], and its row for each pair [R, Q, L]
 
 
 class Attention(nnx.Module):
@@ -64,6 +66,9 @@ class Attention(nnx.Module):
         self.out = Dense(
             (queries, c.width), ("heads", "embed"), kernel_init(c, queries, residual=True), bias=c.out_bias
         )
+        own, init = c.relative_projections and c.positions == "disentangled", kernel_init(c, c.width)
+        self.distance_query = Dense((c.width, queries), ("embed", "heads"), init, bias=True) if own else None
+        self.distance_key = Dense((c.width, keys), ("embed", "kv_heads"), init, bias=True) if own else None
         self.query_norm = _norm_of_heads(c) if c.qk_norm else None
         self.key_norm = _norm_of_heads(c) if c.qk_norm else None
 
@@ -81,18 +86,46 @@ class Attention(nnx.Module):
             query_RQHC, key_RLGC = self.query_norm(query_RQHC), self.key_norm(key_RLGC)
         if sight.angles is not None:
             query_RQHC, key_RLGC = rotate(query_RQHC, sight.angles), rotate(key_RLGC, sight.angles)
+        scale, bias, form = c.attention_scale, sight.bias, c.attention
+        if scale is None:
+            scale = (c.head_dim if sight.distances is None else 3 * c.head_dim) ** -0.5
+        if sight.distances is not None:
+            bias, form = scale * self.distance_scores(query_RQHC, key_RLGC, *sight.distances), "dense"
         out_RQHC = attend(
             query_RQHC,
             key_RLGC,
             value_RLGC,
             sight.pattern,
-            scale=c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale,
+            scale=scale,
             window=sight.window,
-            bias=sight.bias,
+            bias=bias,
             dropout=(lambda w: dropout(w, keys_R, c.attention_dropout, site)) if drops_weights(c, keys_R) else None,
-            form=c.attention,
+            form=form,
         )
         return self.out(out_RQHC.reshape(*x.shape[:2], c.heads * c.head_dim))
+
+    def distance_scores(self, query_RQHC: Array, key_RLHC: Array, table_PD: Array, rows_RQL: Array) -> Array:
+        """DeBERTa's disentangled attention (He et al. 2021, arXiv:2006.03654, eq. 4), without its scale::
+
+            score[q, k] = query[q] . K(table[d]) + key[k] . Q(table[d])        d = row of the distance from k to q
+
+        Args:
+          query_RQHC, key_RLHC: of the tokens.
+          table_PD: one vector per bucket of distance.
+          rows_RQL: [R, Q, L] i32, the bucket of each pair.
+
+        Returns:
+          [R, H, Q, L] f32. Memory and time grow with Q * L.
+        """
+        heads, width = query_RQHC.shape[2:]
+        table_PD = table_PD.astype(query_RQHC.dtype)
+        layers = (self.distance_query or self.query, self.distance_key or self.key)
+        query_PHC, key_PHC = (x.reshape(-1, heads, width) for x in project(table_PD, *layers))
+        by_query_RHQP = jnp.einsum("rqhc,phc->rhqp", query_RQHC, key_PHC, preferred_element_type=jnp.float32)
+        by_key_RHPL = jnp.einsum("rlhc,phc->rhpl", key_RLHC, query_PHC, preferred_element_type=jnp.float32)
+        rows_R1QL = rows_RQL[:, None]
+        by_query_RHQL = jnp.take_along_axis(by_query_RHQP, rows_R1QL, axis=3)
+        return by_query_RHQL + jnp.take_along_axis(by_key_RHPL, rows_R1QL, axis=2)
 
 
 def drops_weights(config: TransformerConfig, keys_R: Array | None) -> bool:

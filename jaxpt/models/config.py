@@ -28,12 +28,15 @@ class TransformerConfig:
       embedding_norm: normalise the sum of the embeddings.
       first_norm: the first layer normalises what its attention reads ("pre" only; ModernBERT does not).
       final_norm: normalise the output ("pre" stacks need it).
-      positions: how order enters.
+      positions: how order enters: tables or sines that are added to the tokens, turned queries and keys, T5's bias by
+        distance, or DeBERTa's scores between tokens and distances ("disentangled": dense attention only).
       position_offset: rows of the learned table before position 0 (BART and RoBERTa keep 2).
       rope_theta: base of rotary positions.
       local_rope_theta: its value in layers with a window; None = ``rope_theta``.
-      relative_buckets: of T5's relative positions.
+      relative_buckets: of T5's relative positions; of DeBERTa's, for each direction.
       relative_distance: from which all distances share a bucket.
+      relative_projections: DeBERTa's positions have query and key projections of their own; otherwise they share the
+        tokens'.
       relative_causal: T5's decoder rule, which spends no bucket on later keys.
       activation: of the MLP and of prediction heads.
       gated: multiply the activation by a second projection (GeGLU, SwiGLU).
@@ -84,12 +87,13 @@ class TransformerConfig:
     embedding_norm: bool = False
     first_norm: bool = True
     final_norm: bool = True
-    positions: Literal["learned", "sinusoidal", "rotary", "relative", "none"] = "learned"
+    positions: Literal["learned", "sinusoidal", "rotary", "relative", "disentangled", "none"] = "learned"
     position_offset: int = 0
     rope_theta: float = 10_000.0
     local_rope_theta: float | None = None
     relative_buckets: int = 32
     relative_distance: int = 128
+    relative_projections: bool = False
     relative_causal: bool = False
     activation: Activation = "gelu"
     gated: bool = False
@@ -133,6 +137,16 @@ class TransformerConfig:
             raise ValueError(f"rotary positions need an even head width, not {self.head_dim}")
         if self.positions == "relative" and self.relative_buckets < 4:
             raise ValueError(f"relative_buckets is {self.relative_buckets}; it must be at least 4")
+        if self.positions == "disentangled":
+            if self.attention not in ("auto", "dense"):
+                raise ValueError(
+                    f'attention="{self.attention}" cannot do disentangled positions, whose scores depend on what the '
+                    f'tokens are: set attention="dense"'
+                )
+            if self.groups != self.heads:
+                raise ValueError("disentangled positions need a key per query head: set kv_heads=None")
+            if not 4 <= self.relative_buckets < self.relative_distance:
+                raise ValueError("disentangled positions need 4 <= relative_buckets < relative_distance")
         if (self.window is not None and self.window < 0) or self.global_every < 0:
             raise ValueError("window and global_every must not be negative")
         if self.norm_placement == "post" and not self.first_norm:

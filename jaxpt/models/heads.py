@@ -1,12 +1,14 @@
-"""Prediction heads: from hidden states to what the logits over the vocabulary are made of."""
+"""Prediction heads: from hidden states to what the logits over the vocabulary are made of, or to one logit each."""
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 
-from jaxpt.models.blocks import kernel_init
+from jaxpt.models.blocks import config_norm, kernel_init, table_init
 from jaxpt.models.config import TransformerConfig
 from jaxpt.models.layers import ACTIVATIONS, Dense, Norm, zeros
 from jaxpt.models.params import Declared, constrain, initializer_of, param, specs_of, split
@@ -45,6 +47,25 @@ class Head(nnx.Module):
         return Readout(x, constrain(table, "vocab", None), None if self.bias is None else self.bias[...])
 
 
+class BoundaryHead(nnx.Module):
+    """SpanBERT's: a token from the states at both ends of its span and its place in it (arXiv:1907.10529, eq. 1)."""
+
+    def __init__(self, config: TransformerConfig, vocab_size: int, places: int, place_width: int):
+        c = config
+        self.config = c
+        self.places = param((places, place_width), (None, None), "embedding", table_init(c))
+        inputs = 2 * c.width + place_width
+        self.first = Dense((inputs, c.width), (None, "embed"), kernel_init(c, inputs), bias=True)
+        self.first_norm = Norm(c.norm, c.width, c.norm_epsilon, bias=c.norm_bias)
+        self.rest = Head(c, vocab_size, transform=True)
+
+    def __call__(self, left: Array, right: Array, places: Array, table: Array | None) -> Readout:
+        """The logits, not multiplied out, from hidden [..., D] at both ends and places [...] i32, 0 = first."""
+        place = jnp.take(self.places[...], places, axis=0).astype(left.dtype)
+        x = self.first(jnp.concatenate([left, right, place], -1))
+        return self.rest(self.first_norm(ACTIVATIONS[self.config.activation](x)), table)
+
+
 def lm_head(config: TransformerConfig, vocab_size: int) -> Network:
     """The projection to the vocabulary, tied to the token table or with a table of its own.
 
@@ -53,7 +74,7 @@ def lm_head(config: TransformerConfig, vocab_size: int) -> Network:
     untied head ignores it.
 
     Example:
-      >>> import jax, jax.numpy as jnp
+      >>> import jax
       >>> head = lm_head(TransformerConfig(depth=1, width=4, heads=1, tie_embeddings=False), vocab_size=7)
       >>> readout = head.apply(head.init(jax.random.key(0)), jnp.ones((2, 3, 4)), None)
       >>> readout.hidden.shape, readout.table.shape
@@ -67,9 +88,107 @@ def mlm_head(config: TransformerConfig, vocab_size: int) -> Network:
     return _network(split(Head(config, vocab_size, transform=True)))
 
 
-def _network(head: Declared[Head]) -> Network:
+def boundary_head(config: TransformerConfig, vocab_size: int, *, places: int, place_width: int) -> Network:
+    """SpanBERT's head for the tokens of a span: two layers of dense, activation and norm before the projection.
+
+    ``apply(params, left [..., D], right [..., D], place [...] i32 in 0 .. places - 1, table)`` returns a ``Readout``.
+    """
+    return _network(split(BoundaryHead(config, vocab_size, places, place_width)))
+
+
+def _network(head: Declared[Any]) -> Network:
     return Network(specs_of(head.tree), initializer_of(head.tree), functools.partial(_apply, head))
 
 
-def _apply(head: Declared[Head], params: Params, hidden: Array, table: Array | None = None) -> Readout:
-    return head.bind(params)(hidden, table)
+def _apply(head: Declared[Any], params: Params, *arrays: Array | None) -> Readout:
+    return head.bind(params)(*arrays)
+
+
+# --------------------------------------------------------------------------------------- detection
+
+
+class Detector(nnx.Module):
+    """Dense, activation, one logit per token; before it, perhaps, the sum with the document's first token, normed."""
+
+    def __init__(self, config: TransformerConfig, *, with_first: bool):
+        c = config
+        self.config = c
+        self.norm = config_norm(c, c.width) if with_first else None
+        self.transform = Dense((c.width, c.width), ("embed", None), kernel_init(c, c.width), bias=True)
+        self.score = Dense((c.width, 1), ("embed", None), kernel_init(c, c.width), bias=True)
+
+    def __call__(self, hidden: Array, positions: Array) -> Array:
+        """Logits [R, L] f32 from hidden [R, L, D]."""
+        if self.norm is not None:
+            first_RL = jnp.arange(positions.shape[1]) - positions
+            hidden = self.norm(hidden + jnp.take_along_axis(hidden, first_RL[..., None], axis=1))
+        hidden = ACTIVATIONS[self.config.activation](self.transform(hidden))
+        return self.score(hidden.astype(jnp.float32))[..., 0]
+
+
+def detection_head(config: TransformerConfig, *, with_first: bool = False) -> Network:
+    """A question of yes or no about every token (ELECTRA; with ``with_first`` that of DeBERTaV3).
+
+    ``apply(params, hidden [R, L, D], positions [R, L])`` returns logits [R, L] f32.
+
+    Args:
+      config: of the network that gives the hidden states.
+      with_first: each token is read together with the first token of its document, [CLS], where positions are 0.
+
+    Example:
+      >>> import jax
+      >>> head = detection_head(TransformerConfig(depth=1, width=4, heads=1), with_first=True)
+      >>> head.apply(head.init(jax.random.key(0)), jnp.ones((2, 3, 4)), jnp.array([[0, 1, 0]] * 2)).shape
+      (2, 3)
+    """
+    detector = split(Detector(config, with_first=with_first))
+    return Network(
+        specs_of(detector.tree),
+        initializer_of(detector.tree),
+        lambda params, hidden, positions: detector.bind(params)(hidden, positions),
+    )
+
+
+# ------------------------------------------------------------------------------------------ whole texts
+
+
+class Pooler(nnx.Module):
+    """Dense and tanh."""
+
+    def __init__(self, config: TransformerConfig):
+        width = config.width
+        self.transform = Dense((width, width), ("embed", None), kernel_init(config, width), bias=True)
+
+    def __call__(self, hidden: Array) -> Array:
+        """Pooled [..., D] from hidden [..., D]."""
+        return jnp.tanh(self.transform(hidden))
+
+
+class Classifier(nnx.Module):
+    """Dense, in float32."""
+
+    def __init__(self, config: TransformerConfig, classes: int):
+        self.score = Dense((config.width, classes), ("embed", None), kernel_init(config, config.width), bias=True)
+
+    def __call__(self, pooled: Array) -> Array:
+        """Logits [..., classes] f32 from [..., D]."""
+        return self.score(pooled.astype(jnp.float32))
+
+
+def pooler(config: TransformerConfig) -> Network:
+    """BERT's pooling of a text: the hidden state of [CLS] through dense and tanh.
+
+    ``apply(params, hidden [..., D])`` returns [..., D].
+    """
+    declared = split(Pooler(config))
+    return Network(
+        specs_of(declared.tree), initializer_of(declared.tree), lambda params, hidden: declared.bind(params)(hidden)
+    )
+
+
+def classifier(config: TransformerConfig, classes: int) -> Network:
+    """A question with some answers about a vector: ``apply(params, pooled [..., D])`` returns [..., classes] f32."""
+    declared = split(Classifier(config, classes))
+    return Network(
+        specs_of(declared.tree), initializer_of(declared.tree), lambda params, pooled: declared.bind(params)(pooled)
+    )

@@ -1,8 +1,9 @@
-"""How order enters attention: rotary positions and T5's buckets of distance."""
+"""How order enters attention: rotary positions, and the buckets of distance of T5 and DeBERTa."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 
 from jaxpt.types import Array
 
@@ -56,3 +57,27 @@ def relative_buckets(distance: Array, *, is_causal: bool, buckets: int, max_dist
     ratio = jnp.log(jnp.maximum(steps, exact).astype(jnp.float32) / exact) / jnp.log(max_distance / exact)
     far = jnp.minimum(exact + (ratio * (buckets - exact)).astype(jnp.int32), buckets - 1)
     return offset + jnp.where(steps < exact, steps, far)
+
+
+def log_buckets(buckets: int, max_distance: int) -> np.ndarray:
+    """The bucket of every ``query position - key position`` (DeBERTa, He et al. 2021, arXiv:2006.03654).
+
+    Half of the buckets of each direction hold one distance each, the others grow by a constant factor up to
+    ``max_distance``; every later distance is in the last one.
+
+    Args:
+      buckets: how many there are for each direction.
+      max_distance: see above; more than ``buckets``.
+
+    Returns:
+      [2 max_distance + 1] i32 in 0 .. 2 buckets - 1, for the distances -max_distance .. max_distance.
+
+    Example:
+      >>> log_buckets(4, 8)
+      array([0, 1, 1, 1, 1, 1, 2, 3, 4, 5, 6, 7, 7, 7, 7, 7, 7], dtype=int32)
+    """
+    distance = np.arange(-max_distance, max_distance + 1)
+    exact, steps = buckets // 2, np.maximum(np.abs(distance), buckets // 2)
+    grown = np.ceil(np.log(steps / exact) / np.log((max_distance - 1) / exact) * (exact - 1)) + exact
+    bucket = np.where(np.abs(distance) <= exact, distance, np.sign(distance) * grown)
+    return np.clip(bucket + buckets, 0, 2 * buckets - 1).astype(np.int32)

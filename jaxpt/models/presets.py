@@ -20,6 +20,7 @@ _BERT = {
     "large": (24, 1024, 16),
 }
 _ALBERT = {"base": (12, 768, 12), "large": (24, 1024, 16), "xlarge": (24, 2048, 16), "xxlarge": (12, 4096, 64)}
+_DEBERTA_V3 = {"xsmall": (12, 384, 6), "small": (6, 768, 12), "base": (12, 768, 12), "large": (24, 1024, 16)}
 _GPT2 = {"small": (12, 768, 12), "medium": (24, 1024, 16), "large": (36, 1280, 20), "xl": (48, 1600, 25)}
 _BART = {"base": (6, 768, 12), "large": (12, 1024, 16)}
 
@@ -82,6 +83,32 @@ def electra(size: str, **changes: Any) -> TransformerConfig:
     """The discriminator of ELECTRA (Clark et al. 2020, arXiv:2003.10555): small, base, large."""
     _known({"small": None, "base": None, "large": None}, "electra", size)
     config = bert(size, embed_width=128 if size == "small" else None)
+    return replace(config, **changes)
+
+
+def electra_generator(size: str, **changes: Any) -> TransformerConfig:
+    """The generator beside it: as deep, a quarter (small, large) or a third (base) as wide, heads of width 64."""
+    discriminator = electra(size)
+    width = {"small": 64, "base": 256, "large": 256}[size]
+    config = replace(discriminator, width=width, heads=width // 64, embed_width=discriminator.embedding)
+    return replace(config, **changes)
+
+
+def deberta_v3(size: str, **changes: Any) -> TransformerConfig:
+    """The discriminator of DeBERTaV3 (He et al. 2021, arXiv:2111.09543): xsmall, small, base, large.
+
+    The generator beside it is as wide and half as deep. Unlike the original, no dropout on the table of distances.
+    """
+    config = bert(
+        "base",
+        **_shape(_DEBERTA_V3, "deberta_v3", size),
+        norm_epsilon=1e-7,
+        token_types=0,
+        positions="disentangled",
+        relative_buckets=256,
+        relative_distance=512,
+        init="normal",
+    )
     return replace(config, **changes)
 
 

@@ -15,7 +15,7 @@ from jaxpt.models.blocks import Block, Sight, config_norm, drops_weights, kernel
 from jaxpt.models.config import TransformerConfig
 from jaxpt.models.layers import Dense, dropout, fold_keys
 from jaxpt.models.params import Declared, constrain, initializer_of, param, platform, specs_of, split, stacked
-from jaxpt.models.positions import relative_buckets, rotary_angles
+from jaxpt.models.positions import log_buckets, relative_buckets, rotary_angles
 from jaxpt.types import Array, AttentionPattern, Network, Params, Tree
 
 __all__ = ["TransformerConfig", "embedding_table", "transformer"]
@@ -90,6 +90,10 @@ class Outer(nnx.Module):
         shape, axes = (config.relative_buckets, config.heads), (None, "heads")
         relative = config.positions == "relative"
         self.relative = param(shape, axes, "embedding", kernel_init(config, config.width)) if relative else None
+        apart = config.positions == "disentangled"
+        shape, init = (2 * config.relative_buckets, config.width), table_init(config)
+        self.distances = param(shape, (None, "embed"), "embedding", init) if apart else None
+        self.distances_norm = config_norm(config, config.width) if apart else None
         self.final_norm = config_norm(config, config.width) if config.final_norm else None
 
 
@@ -123,6 +127,8 @@ def transformer(config: TransformerConfig, vocab_size: int | None, *, cross_atte
       >>> network.apply(params, tokens, causal(jnp.ones_like(tokens), places), places).shape
       (1, 4, 8)
     """
+    if cross_attention and config.positions == "disentangled":
+        raise ValueError('positions="disentangled" is for encoders: choose other positions for a decoder')
     outer = split(Outer(config, vocab_size))
     block = split(Block(config, cross_attention=cross_attention, attention_norm=True))
     first = split(Block(config, cross_attention=cross_attention, attention_norm=config.first_norm))
@@ -195,7 +201,14 @@ def _sight(
         has_dropout = drops_weights(config, keys)
         if choose(config.attention, query, key, pattern, window, has_bias=True, has_dropout=has_dropout) == "dense":
             bias = spell_out(bias, pattern)
-    return Sight(pattern, window, angles, bias)
+    distances = None
+    if module.distances is not None and module.distances_norm is not None:
+        reach = config.relative_distance
+        buckets = jnp.asarray(log_buckets(config.relative_buckets, reach))
+        distance_RQL = pattern.query_positions[:, :, None] - pattern.key_positions[:, None, :]
+        rows_RQL = buckets[jnp.clip(distance_RQL, -reach, reach) + reach]
+        distances = (module.distances_norm(constrain(module.distances[...], None, None)), rows_RQL)
+    return Sight(pattern, window, angles, bias, distances)
 
 
 def _unrolled(config: TransformerConfig) -> bool:

@@ -14,13 +14,15 @@ import pytest
 from jaxpt.losses.cross_entropy import logits_of
 from jaxpt.models import presets
 from jaxpt.models.encoder_decoder import encoder_decoder
-from jaxpt.models.heads import lm_head, mlm_head
+from jaxpt.models.heads import detection_head, lm_head, mlm_head
 from jaxpt.models.patterns import bidirectional, causal, cross
-from jaxpt.models.positions import relative_buckets
+from jaxpt.models.positions import log_buckets, relative_buckets
 from jaxpt.models.transformer import embedding_table, transformer
 
 HERE = Path(__file__).parent
+VOCAB = 61
 TINY = {"depth": 3, "width": 32, "heads": 4, "mlp_width": 48, "max_length": 20}
+DEBERTA = TINY | {"relative_buckets": 4, "relative_distance": 9, "norm_epsilon": 1e-2}
 T5 = {"width": 32, "heads": 4, "head_width": 6, "mlp_width": 40, "relative_buckets": 8, "relative_distance": 9}
 DENSE = {"weight": "kernel", "bias": "bias"}
 NORM = {"weight": "scale", "bias": "bias"}
@@ -31,6 +33,9 @@ ENCODERS = {
     "roberta": presets.roberta("base", **(TINY | {"max_length": 18})),
     "albert": presets.albert("base", **TINY, embed_width=16),
     "electra": presets.electra("base", **TINY, embed_width=16),
+    "electra_detection": presets.electra("base", **TINY, embed_width=16),
+    "deberta_v3": presets.deberta_v3("base", **DEBERTA),
+    "deberta_apart": presets.deberta_v3("base", **DEBERTA, relative_projections=True),
     "modernbert": presets.modernbert(
         "base", **(TINY | {"depth": 5, "mlp_width": 24}), window=2, local_rope_theta=100.0
     ),
@@ -124,6 +129,25 @@ def _bart_names():
 
 
 ALBERT = "albert.encoder.albert_layer_groups.0.albert_layers.0"
+
+
+def _deberta_names():
+    names = {
+        "deberta.embeddings.word_embeddings": "embed/tokens",
+        "deberta.embeddings.LayerNorm": "embed/norm",
+        "deberta.encoder.rel_embeddings": "distances",
+        "deberta.encoder.LayerNorm": "distances_norm",
+        "lm_predictions.lm_head.dense": "head/transform",
+        "lm_predictions.lm_head.LayerNorm": "head/norm",
+        "lm_predictions.lm_head.bias": "head/bias",
+    }
+    theirs = {"query_proj": "query", "key_proj": "key", "value_proj": "value"}
+    theirs |= {"pos_query_proj": "distance_query", "pos_key_proj": "distance_key"}
+    names |= {f"deberta.encoder.layer.#.attention.self.{a}": f"layers/attention/{b}" for a, b in theirs.items()}
+    rest = {a: b for a, b in BERT_LAYER.items() if ".self." not in a}
+    return names | {f"deberta.encoder.layer.#.{a}": f"layers/{b}" for a, b in rest.items()}
+
+
 QKV = tuple(f"layers/attention/{name}" for name in ("query", "key", "value"))
 NAMES = {
     "bert": _bert_names(
@@ -146,6 +170,16 @@ NAMES = {
         },
     )
     | {"electra.embeddings_project": "embed/project"},
+    "electra_detection": _bert_names(
+        "electra",
+        {
+            "discriminator_predictions.dense": "transform",
+            "discriminator_predictions.dense_prediction": "score",
+        },
+    )
+    | {"electra.embeddings_project": "embed/project"},
+    "deberta_v3": _deberta_names(),
+    "deberta_apart": _deberta_names(),
     "albert": {
         **{f"albert.embeddings.{a}": b for a, b in EMBEDDINGS.items()},
         "albert.encoder.embedding_hidden_mapping_in": "embed/project",
@@ -198,7 +232,7 @@ NAMES = {
     "t5_v1_1": _t5_names(),
     "bart": _bart_names(),
 }
-TABLES = ("embed/tokens", "embed/positions", "embed/token_types", "relative", "head/table", "head/bias")
+TABLES = ("embed/tokens", "embed/positions", "embed/token_types", "distances", "relative", "head/table", "head/bias")
 
 
 def put(params, path, values, layer):
@@ -277,9 +311,11 @@ def close_layers(ours, theirs, mask, final, name):
 def test_one_stack(family, layers):
     recorded = np.load(HERE / f"{family}.npz")
     config = dataclasses.replace((ENCODERS | DECODERS)[family], layers=layers)
-    vocab = recorded["logits"].shape[-1]
+    vocab = VOCAB
     network = transformer(config, vocab)
+    detects = family == "electra_detection"
     head = (mlm_head if family in ENCODERS else lm_head)(config, vocab)
+    head = detection_head(config) if detects else head
     skeleton = jax.eval_shape(lambda key: network.init(key) | {"head": head.init(key)}, jax.random.key(0))
     params = load(family, recorded, skeleton, {"encoder": config.depth})
     segments, positions = rows(recorded["mask"])
@@ -292,6 +328,8 @@ def test_one_stack(family, layers):
         hidden, given = network.apply(
             body, jnp.asarray(recorded["tokens"]), pattern, positions, token_types=types, return_layers=True
         )
+        if detects:
+            return hidden, given, head.apply(params["head"], hidden, positions)
         return hidden, given, logits_of(head.apply(params["head"], hidden, embedding_table(body)))
 
     hidden, given, logits = run(params)
@@ -339,6 +377,13 @@ def test_relative_buckets(rule, count, far):
         jnp.asarray(recorded["distance"]), is_causal=rule == "causal", buckets=count, max_distance=far
     )
     np.testing.assert_array_equal(ours, recorded[f"{rule}_{count}_{far}"])
+
+
+@pytest.mark.parametrize("count, far", [(256, 512), (4, 9), (32, 128)])
+def test_log_buckets(count, far):
+    recorded = np.load(HERE / "relative_buckets.npz")[f"deberta_{count}_{far}"]
+    reached = np.clip(np.arange(-600, 601), -far, far) + far
+    np.testing.assert_array_equal(log_buckets(count, far)[reached], recorded)
 
 
 COUNTS = json.loads((HERE / "parameter_counts.json").read_text())["counts"]

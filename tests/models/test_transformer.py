@@ -127,7 +127,7 @@ def test_remat_saves_less():
 # ---------------------------------------------------------------------------------- who sees whom
 
 
-@pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rotary", "relative", "none"])
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rotary", "relative", "disentangled", "none"])
 @pytest.mark.parametrize("pattern", [bidirectional, causal])
 def test_packed_is_separate(positions, pattern):
     config = dataclasses.replace(BASE, positions=positions, relative_causal=pattern is causal, relative_buckets=8)
@@ -149,7 +149,7 @@ def test_packed_is_separate(positions, pattern):
 
 def test_order_matters_unless_there_are_no_positions():
     swapped = TOKENS.at[0, 0].set(TOKENS[0, 1]).at[0, 1].set(TOKENS[0, 0])
-    for positions in ("learned", "sinusoidal", "rotary", "relative", "none"):
+    for positions in ("learned", "sinusoidal", "rotary", "relative", "disentangled", "none"):
         config = dataclasses.replace(BASE, positions=positions)
         change = float(jnp.abs(run(config)[0, 4] - run(config, tokens=swapped)[0, 4]).max())
         assert (change < 1e-5) == (positions == "none"), (positions, change)
@@ -434,6 +434,9 @@ def test_sharded_is_whole():
         ({"first_norm": False, "shared_layers": True}, "shared layers"),
         ({"window": -1}, "negative"),
         ({"positions": "relative", "relative_buckets": 2}, "at least 4"),
+        ({"positions": "disentangled", "attention": "blockwise"}, "cannot do disentangled positions"),
+        ({"positions": "disentangled", "kv_heads": 1}, "kv_heads=None"),
+        ({"positions": "disentangled", "relative_buckets": 256}, "relative_buckets < relative_distance"),
     ],
 )
 def test_settings_that_cannot_be(changes, message):
