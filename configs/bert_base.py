@@ -1,26 +1,27 @@
-"""BERT-Base: 12 layers of width 768, masked language modelling.
+"""BERT-Base: 12 layers of width 768, masked language modelling and next-sentence prediction.
 
     jaxpt train configs/bert_base.py --data DIR
 
 Settings as published (Devlin et al. 2019, arXiv:1810.04805, appendix A.2): 1,000,000 steps of 256 rows, the
-first 90 % of them of 128 tokens and the rest of 512. There is no next-sentence prediction here, and attention
-stays inside a document.
+first 90 % of them of 128 tokens and the rest of 512, one pair of texts per row. Texts end where the row is full,
+not at the end of a sentence. Without next-sentence prediction it is `MaskedLM(encoder=..., selection=...)`.
 """
 
 from jaxpt.config import PhaseConfig, RunConfig
 from jaxpt.corruption.selection import FixedCount
 from jaxpt.models.presets import bert
-from jaxpt.objectives import MaskedLM
+from jaxpt.objectives import MaskedLM, SentencePair
 from jaxpt.optimizer import OptimizerConfig
 
 
 def config() -> RunConfig:
     """Return the run."""
     return RunConfig(
-        objective=MaskedLM(
+        objective=SentencePair(
             encoder=bert("base", dtype="bfloat16"),
-            rate=0.15,
-            selection=FixedCount(rounding="nearest", minimum=1, count_special=True),
+            kind="next",
+            packing="one_document",
+            masked=MaskedLM(rate=0.15, selection=FixedCount(rounding="nearest", minimum=1, count_special=True)),
         ),
         steps=1_000_000,
         batch_size=256,

@@ -50,9 +50,13 @@ def packed_batch(rows: RowSpec, vocab: Vocab, length: int = 24, size: int = 8, s
             arrays["sentences"][row, begin:end] = np.arange(len(text)) // 4
             begin = end
     ids = np.arange(size, dtype=np.uint32)
+    fields = {
+        "phrase_starts": arrays["positions"] % 3 == 0,
+        "document_ids": np.arange(size, dtype=np.int32)[:, None] * 8 + arrays["segments"],
+    }
     return Batch(
         arrays["tokens"], arrays["segments"], arrays["positions"], arrays["sentences"], ids,
-        np.zeros(size, np.int32), np.ones(size, np.float32),
+        np.zeros(size, np.int32), np.ones(size, np.float32), {name: fields[name] for name in rows.fields},
     )  # fmt: skip
 
 

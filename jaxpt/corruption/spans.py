@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,6 +23,21 @@ def truncated_geometric(stop: float, longest: int) -> np.ndarray:
     """
     law = stop * (1 - stop) ** np.arange(longest)
     return law / law.sum()
+
+
+def smoothed_lengths(counts: Sequence[int], longest: int) -> tuple[float, ...]:
+    """Return span lengths like those of a task's answers: their histogram, clipped, every count plus one, of sum 1.
+
+    Args:
+      counts: how many answers have 1, 2, 3, ... tokens (or words, for spans of words).
+      longest: of a span; longer answers count as this long.
+
+    >>> smoothed_lengths([5, 2, 0, 3], longest=3)
+    (0.46153846153846156, 0.23076923076923078, 0.3076923076923077)
+    """
+    clipped = np.ones(longest)
+    np.add.at(clipped, np.minimum(np.arange(len(counts)), longest - 1), counts)
+    return tuple((clipped / clipped.sum()).tolist())
 
 
 def draw_lengths(bits_S: Array, law: np.ndarray) -> Array:
@@ -51,27 +68,33 @@ def draw_fit(bits: Array, lengths_S: Array, budget: Array, size: Array) -> Array
     return jnp.where(kept_S, lengths_S, 0)
 
 
-def draw_starts(bits_G: Array, lengths_S: Array, size: Array) -> Array:
-    """Place spans, in order, uniformly over all placements in which no two of them touch.
+def draw_starts(bits_G: Array, lengths_S: Array, size: Array, *, touching: bool = False) -> Array:
+    """Place spans, in order, uniformly over all placements in which no two of them overlap, or touch.
 
     Of the ``size - tokens + 1`` gaps around the uncovered tokens one is chosen for each span; where there are
-    fewer gaps than spans, the spans are spread evenly over them and some touch.
+    fewer gaps than spans, the spans are spread evenly over them and some touch. Where spans may touch, they are
+    chosen among the ``size - tokens + spans`` uncovered tokens and spans instead.
 
     Args:
       bits_G: [G] u32, random; G - 1 is the static bound of ``size``.
       lengths_S: [S] i32, 0 = unused, used ones first.
       size: [] i32, tokens that the spans are laid over.
+      touching: whether a span may begin where another ends.
 
     Returns:
       [S] i32, the first token of each span (of no meaning where unused).
     """
     slots = lengths_S.shape[0]
     tokens, spans = jnp.sum(lengths_S), jnp.sum(lengths_S > 0)
-    gaps = size - tokens + 1
-    chosen_G = draw_subset(bits_G, jnp.arange(bits_G.shape[0]) < gaps, spans)
-    apart_S, _ = compact(chosen_G, slots)
-    spread_S = jnp.arange(slots, dtype=jnp.int32) * gaps // jnp.maximum(spans, 1)
-    return jnp.where(spans <= gaps, apart_S, spread_S) + jnp.cumsum(lengths_S) - lengths_S
+    before_S = jnp.cumsum(lengths_S) - lengths_S
+    places = size - tokens + (spans if touching else 1)
+    chosen_G = draw_subset(bits_G, jnp.arange(bits_G.shape[0]) < places, spans)
+    chosen_S, _ = compact(chosen_G, slots)
+    index_S = jnp.arange(slots, dtype=jnp.int32)
+    if touching:
+        return chosen_S - index_S + before_S
+    spread_S = index_S * places // jnp.maximum(spans, 1)
+    return jnp.where(spans <= places, chosen_S, spread_S) + before_S
 
 
 def cover(starts_S: Array, lengths_S: Array, capacity: int) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -100,15 +101,41 @@ def linear_cross_entropy(
     >>> linear_cross_entropy(readout, jnp.array([[0, 1, 1]]), pieces=3).nll.round(2)
     Array([[0.55, 0.55, 1.55]], dtype=float32)
     """
-    rows, positions = targets.shape
-    if pieces is None:
-        mesh = jax.sharding.get_abstract_mesh()
-        devices = 1 if mesh.empty else mesh.size
-        wanted = math.ceil(4 * rows * positions * readout.table.shape[0] / devices / LOGITS_BYTES)
-        pieces = next(n for n in range(min(wanted, positions), positions + 1) if positions % n == 0)
+    pieces = _pieces(readout) if pieces is None else pieces
     made: Any = _linear(label_smoothing, pieces, readout, targets)
     (loss, nll, log_normalizer), correct = made
     return CrossEntropy(loss, nll, log_normalizer, jax.lax.stop_gradient(correct))
+
+
+def map_logits(function: Callable[..., Tree], readout: Readout, *others: Array, pieces: int | None = None) -> Tree:
+    """Return ``function(logits [R, K, V], *others)`` without ever holding all logits where they are large.
+
+    Args:
+      function: from logits [R, k, V] f32 and the same k positions of the others to arrays [R, k, ...]; it works on
+        each position by itself.
+      readout: of a head; hidden [R, K, E]. No gradient is meant to go through: every piece would keep its logits.
+      others: [R, K, ...].
+      pieces: as of ``linear_cross_entropy``.
+
+    >>> map_logits(lambda logits: logits.argmax(-1), Readout(jnp.eye(3)[None], jnp.eye(3)), pieces=3)
+    Array([[0, 1, 2]], dtype=int32)
+    """
+    pieces = _pieces(readout) if pieces is None else pieces
+
+    def one(piece: tuple[Array, ...]) -> Tree:
+        return function(logits_of(readout._replace(hidden=piece[0])), *piece[1:])
+
+    given = (readout.hidden, *others)
+    return one(given) if pieces == 1 else _join(jax.lax.map(one, _cut(given, pieces)))
+
+
+def _pieces(readout: Readout) -> int:
+    """How many pieces, that divide the positions, keep the logits of one within ``LOGITS_BYTES`` per device."""
+    rows, positions = readout.hidden.shape[:2]
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = 1 if mesh.empty else mesh.size
+    wanted = math.ceil(4 * rows * positions * readout.table.shape[0] / devices / LOGITS_BYTES)
+    return next(n for n in range(min(wanted, positions), positions + 1) if positions % n == 0)
 
 
 def _product(x: Array, y: Array, left: tuple[int, ...], right: tuple[int, ...]) -> Array:
@@ -153,7 +180,10 @@ def _forward(smoothing: float, pieces: int, readout: Readout, targets: Array) ->
     def one(piece: tuple[Array, Array]) -> tuple[Result, Array]:
         scores = logits_of(table._replace(hidden=piece[0], bias=None))
         made = cross_entropy(_biased(scores, readout.bias), piece[1], smoothing)
-        return ((made.loss, made.nll, made.log_normalizer), made.correct), scores  # the bias is added where they are read, not in a pass of its own
+        return (
+            (made.loss, made.nll, made.log_normalizer),
+            made.correct,
+        ), scores  # the bias is added where they are read, not in a pass of its own
 
     if pieces == 1:
         result, scores = one((readout.hidden, targets))

@@ -20,7 +20,7 @@ from jaxpt.models.patterns import causal
 from jaxpt.models.presets import gpt2
 from jaxpt.models.transformer import embedding_table, transformer
 from jaxpt.objectives.parts import check, check_length, initializer_of, specs_of, without_dropout
-from jaxpt.types import Array, Batch, Example, Key, Objective, Out, Packing, RowSpec, Snapshot, Sums, Vocab
+from jaxpt.types import Array, Batch, Example, Key, Objective, Out, Packing, RowSpec, Snapshot, Sums, View, Vocab
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,14 @@ class CausalLM:
             }
             return Example(inputs, batch.row_ids, weights=dict.fromkeys(scale, weights_RL))
 
+        def read(inputs: dict[str, Array]) -> View:
+            segments, positions = inputs["segment_ids"], inputs["positions"]
+            return View(inputs["tokens"], segments, positions, causal(segments, positions))
+
         def loss(snapshot: Snapshot, example: Example, keys: Array) -> Out:
             inputs, params = example.inputs, snapshot.params
-            pattern = causal(inputs["segment_ids"], inputs["positions"])
-            hidden_RLD = decoder.apply(params["trunk"], inputs["tokens"], pattern, inputs["positions"], keys=keys)
+            text = read(inputs)
+            hidden_RLD = decoder.apply(params["trunk"], text.tokens, text.pattern, text.positions, keys=keys)
             readout = head.apply(params["head"], hidden_RLD, embedding_table(params["trunk"]))
             result = linear_cross_entropy(readout, inputs["targets"], self.label_smoothing)
             losses = {"lm": result.loss} | ({"z_loss": z_loss(result.log_normalizer)} if self.z_loss else {})
@@ -75,7 +79,12 @@ class CausalLM:
         def summary(sums: Sums) -> dict[str, Array]:
             return token_metrics(sums.stats, likelihood=True)
 
-        return Objective(rows, specs_of(networks), initializer_of(networks), corrupt, loss, scale, summary=summary)
+        def views(snapshot: Snapshot, example: Example) -> dict[str, View]:
+            text, targets = read(example.inputs), example.inputs["targets"]
+            return {"text": text._replace(targets=targets, weights=example.weights["lm"])}
+
+        init = initializer_of(networks)
+        return Objective(rows, specs_of(networks), init, corrupt, loss, scale, summary=summary, views=views)
 
     def for_evaluation(self) -> CausalLM:
         """No dropout, no smoothing, no auxiliary term: the loss is the negative log-likelihood."""

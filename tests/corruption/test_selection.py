@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxpt.corruption.rows import Row
-from jaxpt.corruption.selection import FixedCount, Independent, Spans, WholeWord
+from jaxpt.corruption.selection import FixedCount, Independent, Informative, InverseFrequency, Spans, WholeWord
 
 SELECTIONS = [
     Independent(),
@@ -20,6 +20,11 @@ SELECTIONS = [
     WholeWord(fixed=False),
     Spans(),
     Spans(unit="word"),
+    Spans(lengths=(6, 3, 2), unit="word", touching=True),
+    WholeWord(unit="phrase"),
+    Spans(unit="phrase", longest=3),
+    InverseFrequency(cap=1.0),
+    Informative(),
 ]
 LENGTH = 64
 KEYS = jax.random.split(jax.random.key(0), 4000)
@@ -37,7 +42,12 @@ def a_row(length: int = LENGTH, pieces: int = 2) -> Row:
         starts[at + 1 : at + size] = False
         at, size = at + size, size % pieces + 1
     starts |= ~candidates | np.r_[True, ~candidates[:-1]]
-    return Row(jnp.array(present), jnp.array(candidates), jnp.array(starts))
+    phrases = starts & (np.cumsum(starts) % 3 > 0) | ~candidates | np.r_[True, ~candidates[:-1]]
+    tokens = np.arange(length) % 7
+    shares = np.bincount(tokens[candidates], minlength=7) / candidates.sum()
+    scores = np.where(candidates, 1 + np.arange(length) % 3, -1)
+    given = (present, candidates, starts, phrases, tokens, shares.astype(np.float32), scores.astype(np.float32))
+    return Row(*map(jnp.array, given))
 
 
 @functools.cache
@@ -63,16 +73,19 @@ def test_corners_and_limits(selection):
     assert some.sum(axis=1).max() <= selection.room(0.4, LENGTH)
     assert len({tuple(one) for one in some[:200]}) > 150  # a new one every time
     tight = draw(selection, 0.4, row, room=12)
-    assert tight.sum(axis=1).max() == 12 or selection == WholeWord(fixed=False)
+    assert tight.sum(axis=1).max() == 12 or isinstance(selection, WholeWord)
     assert tight.sum(axis=1).max() <= 12
-    nobody = Row(row.present, jnp.zeros(LENGTH, bool), row.word_starts)
+    nobody = row._replace(candidates=jnp.zeros(LENGTH, bool))
     assert not draw(selection, 0.4, nobody).any()
 
 
 @pytest.mark.parametrize("selection", SELECTIONS, ids=str)
 @pytest.mark.parametrize("rate", [0.15, 0.4])
 def test_the_share_of_selected_tokens_is_the_rate(selection, rate):
-    row = a_row(pieces=1) if selection == Spans(unit="word") else a_row(pieces=3)
+    words = isinstance(selection, Spans) and selection.unit != "token"
+    row = a_row(pieces=1 if words else 3)
+    if words:
+        row = row._replace(phrase_starts=row.word_starts)
     n = int(row.candidates.sum())
     counts = draw(selection, rate, row, room=selection.room(0.4, LENGTH)).sum(axis=1)
     bias = {"ceil": np.ceil(rate * n - 1e-6) / n - rate}.get(getattr(selection, "rounding", ""), 0)
@@ -153,6 +166,104 @@ def test_spans_never_touch_inside_a_document():
     assert runs.max() == 2
 
 
-def test_a_law_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="stop"):
-        Spans(stop=0.0)
+def test_phrases_are_all_or_nothing():
+    row = a_row(pieces=2)
+    phrase = np.cumsum(np.asarray(row.phrase_starts)) - 1
+    sizes = np.bincount(phrase[np.asarray(row.candidates)], minlength=LENGTH)
+    assert sizes.max() > 2
+    for selection in (WholeWord(unit="phrase"), WholeWord(unit="phrase", fixed=False), Spans(unit="phrase")):
+        taken = np.stack([np.bincount(phrase, weights=one, minlength=LENGTH) for one in draw(selection, 0.3, row, 300)])
+        assert ((taken == 0) | (taken == sizes)).all()
+    with pytest.raises(ValueError, match="--phrases"):
+        draw(WholeWord(unit="phrase"), 0.3, row._replace(phrase_starts=None))
+
+
+def test_alberts_ngrams():
+    """p(n) ~ 1/n on 1..3 words; n-grams touch by chance, so runs of 1, 2, 3, 4+ are .504, .276, .179, .04 (observed
+    with ALBERT's code); and all of a long row is masked, where DeBERTa's walk leaves its last tenth alone."""
+    selection = Spans(lengths=(6, 3, 2), unit="word", touching=True)
+    np.testing.assert_allclose(selection.law, [0.5455, 0.2727, 0.1818], atol=5e-5)
+    drawn = draw(selection, 0.15, plain(128))
+    runs = np.concatenate([np.diff(np.flatnonzero(np.diff(np.r_[0, one.astype(int), 0])))[::2] for one in drawn])
+    shares = np.bincount(np.minimum(runs, 4), minlength=5)[1:] / len(runs)
+    np.testing.assert_allclose(shares, [0.504, 0.276, 0.179, 0.04], atol=0.02)
+    long = draw(selection, 0.15, plain(512), 600)
+    deciles = long[:, :510].reshape(600, 10, 51).mean(axis=(0, 2))
+    np.testing.assert_allclose(deciles, 0.15, atol=0.01)
+
+
+def test_rare_types_are_selected_as_often_as_frequent_ones():
+    """Over many rows of Zipf's law, every uncapped type makes up the same share of the selected tokens."""
+    rng, shares = np.random.default_rng(0), 1 / np.arange(1, 41)
+    shares /= shares.sum()
+    tokens = rng.choice(40, (2000, LENGTH), p=shares)
+    base = plain(LENGTH)._replace(shares=jnp.asarray(shares, jnp.float32))
+    selection = InverseFrequency(cap=0.5)
+
+    def one(key, tokens_L):
+        return selection.draw(key, 0.15, base._replace(tokens=tokens_L), LENGTH)
+
+    drawn = np.asarray(jax.jit(jax.vmap(one))(KEYS[:2000], tokens))
+    count = tokens.size
+    assert drawn.mean() == pytest.approx(0.15, abs=4 * np.sqrt(0.15 * 0.85 / count))
+    mass = np.bincount(tokens[drawn], minlength=40) / count
+    capped = np.bincount(tokens.ravel(), minlength=40) * 0.5 / count < 1.05 * mass  # half of them selected
+    assert 3 < (~capped).sum() < 40
+    free = mass[~capped]
+    assert np.abs(free - free.mean()).max() < 4.5 * np.sqrt(free.mean() / count)
+    mixed = InverseFrequency(cap=0.5, uniform=1.0).draw(KEYS[0], 1.0, base._replace(tokens=tokens[0]), LENGTH)
+    assert mixed.all()
+    with pytest.raises(ValueError, match="cap"):
+        selection.room(0.6, LENGTH)
+
+
+def test_the_gain_of_surprising_tokens_over_uniform_ones():
+    """Scores of Gamma(2): 1 + (deviation / mean)^2 = 1.4987 within sampling error; top-k of noisy scores has 1.441."""
+    size, rng = 1000, np.random.default_rng(0)
+    scores = rng.gamma(2.0, size=size).astype(np.float32)
+    row = plain(size)._replace(scores=jnp.array(scores))
+    selection = Informative(floor=1e-6, clip=1e6)
+    drawn = draw(selection, 0.15, row)
+    assert (drawn.sum(axis=1) == 150).all()
+    gain = (drawn * scores).sum(axis=1) / 150 / scores.mean()
+    expected = (scores**2).mean() / scores.mean() ** 2
+    assert expected == pytest.approx(1.4987, abs=0.06)
+    assert gain.mean() == pytest.approx(expected, abs=4 * gain.std() / np.sqrt(4000) + 2e-3)
+    flat = draw(Informative(power=0.0), 0.15, row, 500).mean(axis=0)
+    np.testing.assert_allclose(flat, 0.15, atol=4.7 * np.sqrt(0.15 * 0.85 / 500))
+
+
+def test_a_floor_a_clip_and_importance_weights():
+    scores = np.r_[np.zeros(20), np.ones(20), np.full(20, 50.0), -np.ones(4)].astype(np.float32)
+    row = plain(64)._replace(scores=jnp.array(scores))
+    selection = Informative(clip=4.0, floor=0.2, unbiased=True)
+    drawn = draw(selection, 0.2, row)
+    assert (drawn.sum(axis=1).min(), drawn.sum(axis=1).max()) == (12, 13)  # .2 of 64, of the 60 that have a score
+    assert not drawn[:, 60:].any()
+    rate = drawn.mean(axis=0)
+    weight = 0.8 * np.minimum(scores[:60], 4) / (5 / 3) + 0.2
+    want = weight / weight.sum() * 12.8
+    np.testing.assert_allclose(rate[:60], want, atol=4.5 * np.sqrt(0.25 / 4000))
+    keys, room = KEYS, selection.room(0.2, 64)
+    importance = jax.jit(jax.vmap(lambda key: selection.importance(key, 0.2, row, room)))(keys)
+    losses = np.random.default_rng(1).normal(1.0, 1.0, 64)
+    estimate = (np.asarray(importance) * drawn * losses).sum(axis=1) / drawn.sum(axis=1)
+    plain_estimate = (drawn * losses).sum(axis=1) / drawn.sum(axis=1)
+    error = estimate.std() / np.sqrt(4000)
+    assert estimate.mean() == pytest.approx(losses[:60].mean(), abs=4 * error)
+    assert abs(plain_estimate.mean() - losses[:60].mean()) > 8 * error
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Spans(stop=0.0), "stop"),
+        (lambda: Spans(lengths=(0.0, 0.0)), "lengths"),
+        (lambda: InverseFrequency(cap=0.0), "cap"),
+        (lambda: Informative(floor=0.0), "floor"),
+        (lambda: Informative(passes=1).room(0.6, 64), "one half"),
+    ],
+)
+def test_a_law_that_is_none_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpt.corruption.spans import cover, draw_fit, draw_lengths, draw_starts, truncated_geometric
+from jaxpt.corruption.spans import cover, draw_fit, draw_lengths, draw_starts, smoothed_lengths, truncated_geometric
 
 LAW = truncated_geometric(0.2, 10)
 
@@ -54,6 +54,25 @@ def test_two_unit_spans_in_five_tokens_have_six_equally_likely_layouts():
     counts = Counter(tuple(np.flatnonzero(row)) for row in np.asarray(layouts))
     assert set(counts) == {(0, 2), (0, 3), (0, 4), (1, 3), (1, 4), (2, 4)}
     assert max(abs(count - 2_000) for count in counts.values()) < 4.5 * np.sqrt(12_000 * 5 / 36)
+
+
+def test_spans_that_may_touch_have_ten_equally_likely_layouts():
+    def one(random):
+        lengths = jnp.array([1, 1, 0])
+        return cover(draw_starts(random, lengths, 5, touching=True), lengths, 5)
+
+    counts = Counter(tuple(np.flatnonzero(row)) for row in np.asarray(jax.jit(jax.vmap(one))(bits(12_000, 6))))
+    assert len(counts) == 10
+    assert max(abs(count - 1_200) for count in counts.values()) < 4.5 * np.sqrt(12_000 * 9 / 100)
+
+
+def test_lengths_like_those_of_a_tasks_answers():
+    """40 answers of one token, 20 of two, 6 of four and 14 longer than the five that a span may have."""
+    lengths = smoothed_lengths([40, 20, 0, 6, 0, 5, 9], longest=5)
+    np.testing.assert_allclose(lengths, np.array([41, 21, 1, 7, 15]) / 85)
+    drawn = np.asarray(draw_lengths(jnp.array(bits(40_000)), np.array(lengths)))
+    observed = np.bincount(drawn, minlength=6)[1:] / 40_000
+    np.testing.assert_allclose(observed, lengths, atol=4.5 * np.sqrt(0.25 / 40_000))
 
 
 def test_edges_are_masked_less_because_spans_do_not_touch():

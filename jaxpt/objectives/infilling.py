@@ -1,0 +1,76 @@
+"""What the decoder-only objectives that show a token what stands behind it have in common."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from jaxpt.losses.cross_entropy import CrossEntropy, linear_cross_entropy
+from jaxpt.losses.token_metrics import TokenTables, ratio, token_metrics, token_sums
+from jaxpt.models.transformer import embedding_table
+from jaxpt.objectives.parts import check
+from jaxpt.types import Array, Example, Network, Params, Tree, View, Vocab
+
+# What a label is, for the metrics: a token of a document as it stands, of the text around a gap, or of a gap.
+PLAIN, CONTEXT, INFILL = 0, 1, 2
+
+
+def require_sentinels(vocab: Vocab, count: int, name: str) -> tuple[int, ...]:
+    """Return the first ``count`` sentinels; raises ValueError where the tokenizer has fewer."""
+    check(
+        len(vocab.sentinels) >= count,
+        f"{name} needs {count} sentinel tokens and this tokenizer has {len(vocab.sentinels)}: build the data with a "
+        f"tokenizer that has them (`jaxpt data build` adds 100 to every tokenizer)",
+    )
+    return vocab.sentinels[:count]
+
+
+def predict(decoder: Network, head: Network, params: Params, inputs: dict[str, Tree], keys: Array) -> CrossEntropy:
+    """Read ``tokens`` at ``positions`` under ``pattern`` and compare every place with its label in ``targets``."""
+    hidden_RLD = decoder.apply(params["trunk"], inputs["tokens"], inputs["pattern"], inputs["positions"], keys=keys)
+    readout = head.apply(params["head"], hidden_RLD, embedding_table(params["trunk"]))
+    return linear_cross_entropy(readout, inputs["targets"])
+
+
+def view_of(example: Example, term: str) -> View:
+    """Return the sequence that ``predict`` reads and what it must say, for a person."""
+    inputs = example.inputs
+    return View(
+        inputs["tokens"],
+        inputs["segment_ids"],
+        inputs["positions"],
+        inputs["pattern"],
+        inputs["targets"],
+        weights=example.weights[term],
+    )
+
+
+def infilling_sums(
+    result: CrossEntropy, targets: Array, kinds: Array, weights: Array, tables: TokenTables
+) -> dict[str, Array]:
+    """The sums of ``token_sums``, and those of plain and of infilled labels apart.
+
+    Args:
+      result: of ``predict``, [R, L].
+      targets, kinds: [R, L] i32, labels and what they are: ``PLAIN``, ``CONTEXT`` or ``INFILL``.
+      weights: [R, L] f32.
+      tables: of this vocabulary.
+    """
+    sums = token_sums(result, targets, weights, tables)
+    for name, kind in {"plain": PLAIN, "infill": INFILL}.items():
+        weights_RL = weights * (kinds == kind)
+        sums |= {f"{name}_tokens": jnp.sum(weights_RL), f"{name}_nll": jnp.sum(weights_RL * result.nll)}
+    return sums
+
+
+def infilling_metrics(sums: dict[str, Array]) -> dict[str, Array]:
+    """Finish the sums: the metrics of ``token_metrics``, and three of infilling.
+
+    Returns:
+      also plain_nll (of documents left as they are), infill_nll (of what was taken out and its end) and rearranged
+      (share of the labels that stand in documents with a gap).
+    """
+    return token_metrics(sums, likelihood=True) | {
+        "plain_nll": ratio(sums["plain_nll"], sums["plain_tokens"]),
+        "infill_nll": ratio(sums["infill_nll"], sums["infill_tokens"]),
+        "rearranged": ratio(sums["tokens"] - sums["plain_tokens"], sums["tokens"]),
+    }
