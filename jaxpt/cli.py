@@ -1,4 +1,4 @@
-"""The command line: ``jaxpt train``, ``jaxpt evaluate``, ``jaxpt plan`` and ``jaxpt data build``.
+"""The command line: ``jaxpt train``, ``jaxpt evaluate``, ``jaxpt show``, ``jaxpt plan`` and ``jaxpt data build``.
 
 Imports happen inside the commands, so that help is instant and the workers of a data build never load JAX.
 """
@@ -25,6 +25,7 @@ Pre-train text models in JAX: from raw text to a trained, resumable, evaluated m
 commands:
   train CONFIG.py    train the model of a config file; resumes an unfinished run
   evaluate RUN       measure a run on held-out text, beside the unigram baseline
+  show CONFIG.py     what the model reads and must predict, and who sees whom, on your text or a row of data
   plan CONFIG.py     what the run needs on a TPU pod: memory, traffic, time; no TPU is needed
   data build OUT     turn raw text into token shards, and train or load a tokenizer
 
@@ -36,6 +37,7 @@ options:
 
 examples:
   jaxpt train configs/quickstart.py
+  jaxpt show configs/quickstart.py --text "The quick brown fox."
   jaxpt data build data/books --input books/*.txt.gz --vocab-size 32000
   jaxpt train configs/bert_small.py --data data/books --steps 50000 --out runs/books
   jaxpt evaluate runs/books
@@ -66,6 +68,29 @@ examples:
   jaxpt train configs/gpt2_small.py --mesh.fsdp 4 --mesh.tensor 2 --microbatches 2
   jaxpt train configs/bert_base.py --init-from runs/bert_base --out runs/second --seed 1
   srun jaxpt train configs/bert_base.py --data data/books --mesh.fsdp 8 --distributed   # one task per GPU
+"""
+
+SHOW_HELP = """\
+usage: jaxpt show CONFIG.py [--text "..."] [--row N] [--step N] [--png FILE] [--html FILE] [--FLAG VALUE ...]
+
+See an objective: the row, what the model reads of it, what it must predict and where, with which weight, where
+documents end, and who sees whom. Nothing is trained, and no accelerator is used.
+
+Without --text it is a row of the training data, exactly as the run is served it: the same tokens, masks and noise.
+Every flag of `jaxpt train` works. The tokenizer is that of --data; a built-in corpus is built when first asked for.
+
+options:
+  --text "..."   your own text instead of the data; given several times, each is a document of the row
+  --row N        row of the batch (default 0); with --text, the row whose random numbers are drawn
+  --step N       step of the run (default 0): another step, other rows and other noise
+  --png FILE     write a picture of the tokens and of the attention
+  --html FILE    write a page for the browser: hover over a token for its id, position, weight and what it sees
+
+examples:
+  jaxpt show configs/quickstart.py --text "The quick brown fox jumps over the lazy dog."
+  jaxpt show configs/bert_mini.py --row 3 --step 100 --objective.rate 0.4 --html row.html
+  jaxpt show configs/modernbert_base.py --data data/books --png row.png
+  jaxpt show configs/quickstart.py --seq-len 64 --text "One document." --text "And another one."
 """
 
 PLAN_HELP = """\
@@ -128,16 +153,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in args or os.environ.get("JAXPT_DEBUG", "") not in ("", "0")
     distributed = "--distributed" in args
     args = [arg for arg in args if arg not in ("--debug", "--distributed")]
+    commands = {"train": _train, "evaluate": _evaluate, "show": _show, "plan": _plan, "data": _data}
     try:
         if argv is None and args[:1] == ["train"] and len(args) > 1 and not {"--help", "-h"} & set(args):
             process.restart_with_huge_pages()
         if distributed:
             process.join()
-        return _run(args, {"train": _train, "evaluate": _evaluate, "plan": _plan, "data": _data}, HELP, "jaxpt")
+        return _run(args, commands, HELP, "jaxpt")
     except SystemExit as stop:  # tyro has said what is wrong, or printed help
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
-        goes_on = args[:1] != ["evaluate"]
+        goes_on = args[:1] not in (["evaluate"], ["show"])
         print("jaxpt: interrupted" + "; the same command goes on from what is saved" * goes_on, file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read our output (head, less) has gone, and that is no fault
@@ -205,6 +231,42 @@ def _train(args: list[str]) -> int:
     return train(config)
 
 
+def _show(args: list[str]) -> int:
+    if not args or args[0] in ("--help", "-h"):
+        print(SHOW_HELP, end="", file=sys.stdout if args else sys.stderr)
+        return 0 if args else 2
+    _named_first(args, "the config file", "jaxpt show CONFIG.py")
+    path, flags, texts = args[0], list(args[1:]), []
+    while (text := _take(flags, "--text", '"The quick brown fox."')) is not None:
+        texts.append(text)
+    row, step = (_number(name, _take(flags, name, "3")) for name in ("--row", "--step"))
+    png, html = _take(flags, "--png", "row.png"), _take(flags, "--html", "row.html")
+    os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX loads: leave accelerators to those who train
+    from rich.console import Console
+
+    from jaxpt.config import load_config, override
+
+    config = override(load_config(path), flags, prog=f"jaxpt show {path}")
+    process.keep_compiled_programs()
+    from jaxpt.show import look, print_look, write_page, write_picture
+
+    seen = look(config, texts, row, step)
+    print_look(seen, Console(highlight=False))
+    for file, write in ((png, write_picture), (html, write_page)):
+        if file is not None:
+            write(seen, file)
+            print(f"wrote {file}", file=sys.stderr)
+    return 0
+
+
+def _number(name: str, value: str | None) -> int:
+    """A whole number from the command line, 0 where it is absent."""
+    try:
+        return int(value or 0)
+    except ValueError:
+        raise ValueError(f"{name} {value}: give a whole number, for example {name} 3") from None
+
+
 def _plan(args: list[str]) -> int:
     if not args or args[0] in ("--help", "-h"):
         print(PLAN_HELP, end="", file=sys.stdout if args else sys.stderr)
@@ -224,7 +286,7 @@ def _plan(args: list[str]) -> int:
 
     from jaxpt.config import load_config, override
     from jaxpt.plan import make_plan, show, to_json
-    from jaxpt.plan.estimate import remedies
+    from jaxpt.plan.advice import remedies
 
     config = override(load_config(path), flags, prog=f"jaxpt plan {path}")
     assert topology is not None
@@ -235,7 +297,7 @@ def _plan(args: list[str]) -> int:
 
     plan = make_plan(config, topology, say)
     changes: list[str] = []
-    for flag, changed in remedies(config, plan) if tries and not plan.memory.fits else ():
+    for flag, changed in remedies(config, plan.mesh, plan.batch_size) if tries and not plan.memory.fits else ():
         changes.append(flag)
         say(f"{plan.memory.peak / 2**30:.1f} GiB do not fit; trying {' '.join(changes)}")
         plan = make_plan(changed, topology, say)
@@ -250,14 +312,14 @@ def _plan(args: list[str]) -> int:
     return 0 if plan.memory.fits else 1
 
 
-def _take(flags: list[str], name: str) -> str | None:
+def _take(flags: list[str], name: str, example: str = "v5p:4x4x4") -> str | None:
     """Remove ``name VALUE`` (or ``name=VALUE``) from the flags and return the value, None where it is absent."""
     for place, flag in enumerate(flags):
         if flag.startswith(f"{name}="):
             return flags.pop(place).partition("=")[2]
         if flag == name:
             if place + 1 == len(flags):
-                raise ValueError(f"{name} needs a value, for example {name} v5p:4x4x4")
+                raise ValueError(f"{name} needs a value, for example {name} {example}")
             del flags[place]
             return flags.pop(place)
     return None

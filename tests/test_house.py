@@ -22,7 +22,7 @@ FLOORS = {
     "evaluate": 3,
     "config": 4,
     "train": 5,
-    "plan": 6,
+    "plan": 6, "show": 6,
     "cli": 7,
     "__main__": 8,
     "__init__": 9,
