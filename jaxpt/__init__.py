@@ -46,7 +46,14 @@ if TYPE_CHECKING:
     from jaxpt.models.config import TransformerConfig as TransformerConfig
     from jaxpt.objectives import OBJECTIVES as OBJECTIVES
     from jaxpt.objectives import CausalLM as CausalLM
+    from jaxpt.objectives import CausalMasking as CausalMasking
+    from jaxpt.objectives import FillInTheMiddle as FillInTheMiddle
     from jaxpt.objectives import MaskedLM as MaskedLM
+    from jaxpt.objectives import Mixture as Mixture
+    from jaxpt.objectives import Multitask as Multitask
+    from jaxpt.objectives import PrefixLM as PrefixLM
+    from jaxpt.objectives import ReplacedTokenDetection as ReplacedTokenDetection
+    from jaxpt.objectives import SentencePair as SentencePair
     from jaxpt.optimizer import OptimizerConfig as OptimizerConfig
     from jaxpt.optimizer import ParameterGroup as ParameterGroup
     from jaxpt.optimizer import make_optimizer as make_optimizer
@@ -81,7 +88,18 @@ _HOMES = {
     "data.pipeline": ("Phase", "Pipeline", "Source", "held_out"),
     "evaluate": ("evaluate",),
     "models.config": ("TransformerConfig",),
-    "objectives": ("OBJECTIVES", "CausalLM", "MaskedLM"),
+    "objectives": (
+        "OBJECTIVES",
+        "CausalLM",
+        "CausalMasking",
+        "FillInTheMiddle",
+        "MaskedLM",
+        "Mixture",
+        "Multitask",
+        "PrefixLM",
+        "ReplacedTokenDetection",
+        "SentencePair",
+    ),
     "optimizer": ("OptimizerConfig", "ParameterGroup", "make_optimizer"),
     "sharding": ("MeshConfig", "local_rows", "make_mesh", "put_batch", "state_shardings"),
     "step": ("initial_state", "make_eval_step", "make_train_step"),
