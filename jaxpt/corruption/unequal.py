@@ -25,8 +25,8 @@ def chances(weights_N: Array, count: Array | int) -> Array:
     Returns:
       [N] f32 in [0, 1].
 
-    >>> chances(jnp.array([1.0, 2.0, 0.0, 7.0]), 2).round(3)
-    Array([0.333, 0.667, 0.   , 1.   ], dtype=float32)
+    >>> chances(jnp.array([1.0, 3.0, 0.0, 7.0]), 2)
+    Array([0.25, 0.75, 0.  , 1.  ], dtype=float32)
     """
     descending_N = -jnp.sort(-weights_N)
     rest_N = jnp.cumsum(descending_N[::-1])[::-1]  # of the weights from here on

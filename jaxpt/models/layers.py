@@ -8,10 +8,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxpt.models.params import Initializer, param, platform
 from jaxpt.types import Array, Key
 
+PRODUCT = "product"  # what linear layers give, for the rematerialisation that keeps it
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -63,7 +65,7 @@ def dense(x: Array, kernel: Array, bias: Array | None = None) -> Array:
       >>> dense(jnp.ones((2, 3)), jnp.ones((3, 4)), jnp.ones(4))[0]
       Array([4., 4., 4., 4.], dtype=float32)
     """
-    return _dense(x, ((kernel, bias),))[0]
+    return _products(x, ((kernel, bias),))[0]
 
 
 def _product(x: Array, y: Array, left: tuple[int, ...], right: tuple[int, ...]) -> Array:
@@ -72,6 +74,11 @@ def _product(x: Array, y: Array, left: tuple[int, ...], right: tuple[int, ...]) 
 
 
 Weights = tuple[tuple[Array, Array | None], ...]  # (kernel, bias) of layers that read the same input
+
+
+def _products(x: Array, layers: Weights) -> tuple[Array, ...]:
+    # named, since rematerialisation cannot look into a function with a gradient of its own for products to keep
+    return tuple(checkpoint_name(y, PRODUCT) for y in _dense(x, layers))
 
 
 @jax.custom_vjp
@@ -163,7 +170,7 @@ def project(x: Array, *layers: Dense) -> tuple[Array, ...]:
       layers: of I inputs each.
     """
     weights = [(layer.kernel[...], None if layer.bias is None else layer.bias[...]) for layer in layers]
-    return _dense(x, tuple(weights))
+    return _products(x, tuple(weights))
 
 
 class Norm(nnx.Module):

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxpt.models.attention import choose, spell_out
 from jaxpt.models.blocks import Block, Sight, config_norm, drops_weights, kernel_init, table_init
 from jaxpt.models.config import TransformerConfig
-from jaxpt.models.layers import Dense, dropout, fold_keys
+from jaxpt.models.layers import PRODUCT, Dense, dropout, fold_keys
 from jaxpt.models.params import Declared, constrain, initializer_of, param, platform, specs_of, split, stacked
 from jaxpt.models.positions import log_buckets, relative_buckets, rotary_angles
 from jaxpt.types import Array, AttentionPattern, Network, Params, Tree
@@ -22,7 +22,7 @@ __all__ = ["TransformerConfig", "embedding_table", "transformer"]
 
 EMBED_SITE = 2**31  # where the dropout of the embeddings folds in, in place of a layer's number
 UNROLL_ON_CPU = 12  # layers: deeper stacks are scanned there too, or they would compile for minutes
-POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+POLICIES = {"dots": jax.checkpoint_policies.save_only_these_names(PRODUCT), "full": None}
 
 
 # -------------------------------------------------------------------------------------- embeddings
