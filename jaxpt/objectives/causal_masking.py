@@ -24,25 +24,20 @@ from jaxpt.corruption.choose import draw_ranks, uniform
 from jaxpt.corruption.pieces import Pieces, before, describe_pieces, lay
 from jaxpt.corruption.rows import row_keys
 from jaxpt.corruption.spans import draw_lengths
-from jaxpt.losses.token_metrics import token_tables
 from jaxpt.models.config import TransformerConfig
-from jaxpt.models.heads import lm_head
 from jaxpt.models.patterns import causal
 from jaxpt.models.presets import gpt2
-from jaxpt.models.transformer import transformer
 from jaxpt.objectives.causal_lm import next_tokens
 from jaxpt.objectives.infilling import (
     CONTEXT,
     INFILL,
     PLAIN,
-    infilling_metrics,
-    infilling_sums,
-    predict,
+    infilling_lm,
     require_sentinels,
-    view_of,
+    room_for_sentinels,
 )
-from jaxpt.objectives.parts import check, check_length, initializer_of, specs_of, without_dropout
-from jaxpt.types import Array, Batch, Example, Key, Objective, Out, Packing, RowSpec, Snapshot, Sums, View, Vocab
+from jaxpt.objectives.parts import check, check_length, without_dropout
+from jaxpt.types import Array, Batch, Example, Key, Objective, Packing, RowSpec, Snapshot, Vocab
 
 
 @dataclass(frozen=True)
@@ -76,17 +71,7 @@ class CausalMasking:
         end = vocab.require("eos", name)
         *masks, eom = require_sentinels(vocab, self.spans + 1, f"{name} with spans={self.spans}")
         law = truncated_poisson(self.mean, self.spans)
-        decoder, head = transformer(self.decoder, vocab.size), lm_head(self.decoder, vocab.size)
-        networks, tables = {"trunk": decoder, "head": head}, token_tables(vocab)
         reserve = 3 * self.spans_per_row
-
-        def raw_length(length: int) -> int:
-            check(
-                length > reserve,
-                f"{name}: rows of {length} tokens have no room beside the {reserve} slots for the sentinels of "
-                f"spans_per_row={self.spans_per_row}: lower it or lengthen the rows (--seq-len)",
-            )
-            return length - reserve
 
         def corrupt_row(key: Key, tokens_L: Array, segment_ids_L: Array, positions_L: Array):
             pieces = describe_pieces(tokens_L, segment_ids_L, end)
@@ -110,28 +95,9 @@ class CausalMasking:
             weights_RL *= ~jnp.roll(moved.is_gap, -1, axis=1)
             return Example(inputs, batch.row_ids, weights={"lm": weights_RL})
 
-        def loss(snapshot: Snapshot, example: Example, keys: Array) -> Out:
-            inputs = example.inputs
-            result = predict(decoder, head, snapshot.params, inputs, keys)
-            sums = infilling_sums(result, inputs["targets"], inputs["kinds"], example.weights["lm"], tables)
-            return Out({"lm": result.loss}, sums)
-
-        def summary(sums: Sums) -> dict[str, Array]:
-            return infilling_metrics(sums.stats)
-
-        def views(snapshot: Snapshot, example: Example) -> dict[str, View]:
-            return {"decoder": view_of(example, "lm")}
-
-        return Objective(
-            rows=RowSpec(self.packing, suffix=(end,), raw_length=raw_length),
-            specs=specs_of(networks),
-            init=initializer_of(networks),
-            corrupt=corrupt,
-            loss=loss,
-            scale={"lm": 1.0},
-            summary=summary,
-            views=views,
-        )
+        raw_length = room_for_sentinels(reserve, f"{name} with spans_per_row={self.spans_per_row}")
+        rows = RowSpec(self.packing, suffix=(end,), raw_length=raw_length)
+        return infilling_lm(self.decoder, vocab, rows, corrupt)
 
     def for_evaluation(self) -> CausalMasking:
         """No dropout; as many documents get gaps, and ``plain_nll`` compares with ``causal_lm``."""

@@ -20,24 +20,19 @@ import jax.numpy as jnp
 from jaxpt.corruption.choose import draw_subset, uniform
 from jaxpt.corruption.pieces import Pieces, describe_pieces, lay
 from jaxpt.corruption.rows import row_keys
-from jaxpt.losses.token_metrics import token_tables
 from jaxpt.models.config import TransformerConfig
-from jaxpt.models.heads import lm_head
 from jaxpt.models.patterns import causal
 from jaxpt.models.presets import gpt2
-from jaxpt.models.transformer import transformer
 from jaxpt.objectives.causal_lm import next_tokens
 from jaxpt.objectives.infilling import (
     CONTEXT,
     INFILL,
     PLAIN,
-    infilling_metrics,
-    infilling_sums,
-    predict,
+    infilling_lm,
     require_sentinels,
-    view_of,
+    room_for_sentinels,
 )
-from jaxpt.objectives.parts import check, check_length, initializer_of, specs_of, without_dropout
+from jaxpt.objectives.parts import check, check_length, without_dropout
 from jaxpt.types import (
     Array,
     AttentionPattern,
@@ -45,12 +40,9 @@ from jaxpt.types import (
     Example,
     Key,
     Objective,
-    Out,
     Packing,
     RowSpec,
     Snapshot,
-    Sums,
-    View,
     Vocab,
 )
 
@@ -84,18 +76,8 @@ class FillInTheMiddle:
         check(self.pieces >= 1, f"{name}: pieces is {self.pieces}, but at least 1 must be rearranged")
         end = vocab.require("eos", name)
         sentinels = require_sentinels(vocab, 3, name) if self.form == "moved" else ()
-        decoder, head = transformer(self.decoder, vocab.size), lm_head(self.decoder, vocab.size)
-        networks, tables = {"trunk": decoder, "head": head}, token_tables(vocab)
         reserve = 3 * self.pieces if self.form == "moved" else 0
         gap_only = self.middle_only or self.form == "bidirectional"
-
-        def raw_length(length: int) -> int:
-            check(
-                length > reserve,
-                f"{name}: rows of {length} tokens have no room beside the {reserve} slots for the sentinels of "
-                f"pieces={self.pieces}: lower it or lengthen the rows (--seq-len)",
-            )
-            return length - reserve
 
         def move_row(key: Key, tokens_L: Array, segment_ids_L: Array, positions_L: Array):
             pieces = describe_pieces(tokens_L, segment_ids_L, end)
@@ -135,28 +117,9 @@ class FillInTheMiddle:
             weights_RL *= (kinds_RL != CONTEXT) if gap_only else 1
             return Example(inputs, batch.row_ids, weights={"lm": weights_RL})
 
-        def loss(snapshot: Snapshot, example: Example, keys: Array) -> Out:
-            inputs = example.inputs
-            result = predict(decoder, head, snapshot.params, inputs, keys)
-            sums = infilling_sums(result, inputs["targets"], inputs["kinds"], example.weights["lm"], tables)
-            return Out({"lm": result.loss}, sums)
-
-        def summary(sums: Sums) -> dict[str, Array]:
-            return infilling_metrics(sums.stats)
-
-        def views(snapshot: Snapshot, example: Example) -> dict[str, View]:
-            return {"decoder": view_of(example, "lm")}
-
-        return Objective(
-            rows=RowSpec(self.packing, suffix=(end,), raw_length=raw_length),
-            specs=specs_of(networks),
-            init=initializer_of(networks),
-            corrupt=corrupt,
-            loss=loss,
-            scale={"lm": 1.0},
-            summary=summary,
-            views=views,
-        )
+        raw_length = room_for_sentinels(reserve, f"{name} with pieces={self.pieces}")
+        rows = RowSpec(self.packing, suffix=(end,), raw_length=raw_length)
+        return infilling_lm(self.decoder, vocab, rows, corrupt)
 
     def for_evaluation(self) -> FillInTheMiddle:
         """No dropout; as many documents are rearranged, and ``plain_nll`` compares with ``causal_lm``."""

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 
 from jaxpt.losses.cross_entropy import CrossEntropy, linear_cross_entropy
-from jaxpt.losses.token_metrics import TokenTables, ratio, token_metrics, token_sums
-from jaxpt.models.transformer import embedding_table
-from jaxpt.objectives.parts import check
-from jaxpt.types import Array, Example, Network, Params, Tree, View, Vocab
+from jaxpt.losses.token_metrics import TokenTables, ratio, token_metrics, token_sums, token_tables
+from jaxpt.models.config import TransformerConfig
+from jaxpt.models.heads import lm_head
+from jaxpt.models.transformer import embedding_table, transformer
+from jaxpt.objectives.parts import check, initializer_of, specs_of
+from jaxpt.types import (
+    Array,
+    Batch,
+    Example,
+    Key,
+    Network,
+    Objective,
+    Out,
+    Params,
+    RowSpec,
+    Snapshot,
+    Sums,
+    Tree,
+    View,
+    Vocab,
+)
 
 # What a label is, for the metrics: a token of a document as it stands, of the text around a gap, or of a gap.
 PLAIN, CONTEXT, INFILL = 0, 1, 2
@@ -74,3 +93,50 @@ def infilling_metrics(sums: dict[str, Array]) -> dict[str, Array]:
         "infill_nll": ratio(sums["infill_nll"], sums["infill_tokens"]),
         "rearranged": ratio(sums["tokens"] - sums["plain_tokens"], sums["tokens"]),
     }
+
+
+def room_for_sentinels(reserve: int, setting: str) -> Callable[[int], int]:
+    """Return ``RowSpec.raw_length`` of rows that keep ``reserve`` slots free; ``setting`` is what asks for them."""
+
+    def raw_length(length: int) -> int:
+        check(
+            length > reserve,
+            f"rows of {length} tokens have no room beside the {reserve} slots for the sentinels of {setting}: lower it "
+            f"or lengthen the rows (--seq-len)",
+        )
+        return length - reserve
+
+    return raw_length
+
+
+def infilling_lm(
+    config: TransformerConfig, vocab: Vocab, rows: RowSpec, corrupt: Callable[[Snapshot, Batch, Key], Example]
+) -> Objective:
+    """Return the objective of a decoder over rows with gaps: what is left when ``corrupt`` is written.
+
+    Args:
+      config: of the decoder.
+      vocab: its vocabulary.
+      rows: what it asks of the data.
+      corrupt: makes tokens, segment_ids, positions, pattern, targets and kinds, and the weights of the term "lm".
+    """
+    decoder, head = transformer(config, vocab.size), lm_head(config, vocab.size)
+    networks, tables = {"trunk": decoder, "head": head}, token_tables(vocab)
+
+    def loss(snapshot: Snapshot, example: Example, keys: Array) -> Out:
+        inputs = example.inputs
+        result = predict(decoder, head, snapshot.params, inputs, keys)
+        return Out(
+            {"lm": result.loss},
+            infilling_sums(result, inputs["targets"], inputs["kinds"], example.weights["lm"], tables),
+        )
+
+    def summary(sums: Sums) -> dict[str, Array]:
+        return infilling_metrics(sums.stats)
+
+    def views(snapshot: Snapshot, example: Example) -> dict[str, View]:
+        return {"decoder": view_of(example, "lm")}
+
+    return Objective(
+        rows, specs_of(networks), initializer_of(networks), corrupt, loss, {"lm": 1.0}, summary=summary, views=views
+    )
