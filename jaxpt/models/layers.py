@@ -124,8 +124,8 @@ def _scramble(x: Array) -> Array:
 def dropout(x: Array, keys_R: Array | None, rate: float, site: int) -> Array:
     """Zero a fraction of ``x`` and scale up the rest; the mask of a row depends on that row's key alone.
 
-    The bits are a hash of (key, site, place in the row): threefry, which makes the keys, would cost a fifth of a
-    training step here.
+    The bits are a hash of (key, site, place in the row): threefry, which makes the keys, costs about a tenth
+    of a small model's training step on a CPU (docs/benchmarks.md).
 
     Args:
       x: [R, ...].
