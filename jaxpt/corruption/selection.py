@@ -268,9 +268,59 @@ class Informative:
         return chances(jnp.where(scored_L, weights_L, 0), count), count
 
 
-Selection: TypeAlias = Independent | FixedCount | WholeWord | Spans | InverseFrequency | Informative
+@dataclass(frozen=True)
+class Alternative:
+    """One of the rules of a ``Mixed``."""
+
+    selection: Independent | FixedCount | WholeWord | Spans | InverseFrequency
+    """The rule."""
+    share: float = 1.0
+    """How often a row is drawn by it, relative to the other rules."""
+    rate: float = 1.0
+    """Its rate, as a multiple of the objective's."""
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """One of several rules for each row: a mixture of corruptions under one loss, in one pass.
+
+    Example:
+      >>> Mixed((Alternative(FixedCount()), Alternative(Spans(), share=3, rate=2))).room(0.15, 100)
+      39
+    """
+
+    alternatives: tuple[Alternative, ...]
+    """The rules and their shares."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is no mixture."""
+        shares, rates = ([getattr(each, name) for each in self.alternatives] for name in ("share", "rate"))
+        if not (self.alternatives and min(shares) >= 0 and sum(shares) > 0 and min(rates) >= 0):
+            raise ValueError(f"Mixed needs alternatives with shares and rates of 0 or more, not {self.alternatives}")
+
+    def room(self, rate: float, length: int) -> int:
+        """Predictions per row."""
+        for each in self.alternatives:
+            if each.rate * rate > 1:
+                raise ValueError(f"Mixed: rate {rate} times {each.rate} of {each.selection} is more than all tokens")
+        return max(each.selection.room(each.rate * rate, length) for each in self.alternatives)
+
+    def draw(self, key: Key, rate: Array | float, row: Row, room: int) -> Array:
+        """Select tokens of one row: [L] bool."""
+        which, *keys = jax.random.split(key, 1 + len(self.alternatives))
+        edges = np.cumsum([each.share for each in self.alternatives])[:-1] / sum(e.share for e in self.alternatives)
+        chosen = jnp.sum(uniform(jax.random.bits(which, (), jnp.uint32)) >= edges)
+        drawn = [
+            each.selection.draw(own, each.rate * rate, row, room)
+            for each, own in zip(self.alternatives, keys, strict=True)
+        ]
+        return jnp.stack(drawn)[chosen]
+
+
+Selection: TypeAlias = Independent | FixedCount | WholeWord | Spans | InverseFrequency | Informative | Mixed
 
 
 def fields_of(selection: Selection) -> tuple[str, ...]:
     """Return what a selection reads of ``Batch.extras``, for ``RowSpec.fields``."""
-    return ("phrase_starts",) if getattr(selection, "unit", "") == "phrase" else ()
+    rules = [each.selection for each in selection.alternatives] if isinstance(selection, Mixed) else [selection]
+    return ("phrase_starts",) if any(getattr(rule, "unit", "") == "phrase" for rule in rules) else ()

@@ -21,7 +21,15 @@ from jaxpt.corruption.compact import compact
 from jaxpt.corruption.replace import draw_replacement
 from jaxpt.corruption.replace import replace as replace_tokens
 from jaxpt.corruption.rows import describe, ordinary_ids, row_keys, starts_of, unit_ids
-from jaxpt.corruption.selection import FixedCount, Informative, InverseFrequency, Selection, exact_room, fields_of
+from jaxpt.corruption.selection import (
+    FixedCount,
+    Informative,
+    InverseFrequency,
+    Mixed,
+    Selection,
+    exact_room,
+    fields_of,
+)
 from jaxpt.losses.cross_entropy import linear_cross_entropy, z_loss
 from jaxpt.losses.token_metrics import token_metrics, token_sums, token_tables
 from jaxpt.models.config import TransformerConfig
@@ -177,13 +185,13 @@ class MaskedLM:
     def for_evaluation(self) -> MaskedLM:
         """The evaluation rate, all selected tokens in the loss, no dropout, no smoothing, no z-loss.
 
-        The same selection and replacement; but a selection that looks for hard tokens becomes ``FixedCount()``.
+        The same selection and replacement; but what looks for hard tokens, or mixes rules, becomes ``FixedCount()``.
         """
-        by_hardness = isinstance(self.selection, InverseFrequency | Informative)
+        other = isinstance(self.selection, InverseFrequency | Informative | Mixed)
         return replace(
             self,
             encoder=without_dropout(self.encoder),
-            selection=FixedCount() if by_hardness else self.selection,
+            selection=FixedCount() if other else self.selection,
             rate=self.evaluation_rate,
             final_rate=None,
             prediction_rate=None,

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 from jaxpt.corruption.rows import Row
-from jaxpt.corruption.selection import FixedCount, Independent, Informative, InverseFrequency, Spans, WholeWord
+from jaxpt.corruption.selection import (
+    Alternative,
+    FixedCount,
+    Independent,
+    Informative,
+    InverseFrequency,
+    Mixed,
+    Spans,
+    WholeWord,
+)
 
 SELECTIONS = [
     Independent(),
@@ -25,6 +34,7 @@ SELECTIONS = [
     Spans(unit="phrase", longest=3),
     InverseFrequency(cap=1.0),
     Informative(),
+    Mixed((Alternative(FixedCount()), Alternative(Spans(), share=2), Alternative(WholeWord(), share=0.5))),
 ]
 LENGTH = 64
 KEYS = jax.random.split(jax.random.key(0), 4000)
@@ -267,3 +277,20 @@ def test_a_floor_a_clip_and_importance_weights():
 def test_a_law_that_is_none_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_each_row_draws_one_of_the_mixed_rules():
+    """By their shares, each at its own rate: 6 tokens of 60 in a quarter of the rows, 12 in the others."""
+    sparse, dense = (FixedCount(rounding="nearest"), FixedCount(rounding="ceil"))
+    mixed = Mixed((Alternative(sparse), Alternative(dense, share=3, rate=2)))
+    counts = draw(mixed, 0.1, a_row()).sum(1)
+    values, seen = np.unique(counts, return_counts=True)
+    np.testing.assert_array_equal(values, [6, 12])
+    assert seen[0] / 4000 == pytest.approx(0.25, abs=4 * np.sqrt(0.25 * 0.75 / 4000))
+
+
+def test_a_mixture_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="needs alternatives"):
+        Mixed(())
+    with pytest.raises(ValueError, match="more than all tokens"):
+        Mixed((Alternative(FixedCount(), rate=3),)).room(0.4, 64)
