@@ -44,6 +44,7 @@ MAY_CHANGE = (
     "log_every",
     "eval_every",
     "eval_rows",
+    "diagnose_every",
     "checkpoint_every",
     "keep",
     "keep_best",
@@ -105,6 +106,9 @@ class RunConfig:
     """Steps between evaluations on held-out data; the end of a run always evaluates. 0: only at the end."""
     eval_rows: int | None = 512
     """Rows of held-out data per evaluation; None takes all of it."""
+    diagnose_every: int = 0
+    """Steps between measurements of how the loss's terms get along and how it bends (docs/diagnostics.md), each at the
+    cost of about 40 steps. 0: never."""
     checkpoint_every: int = 100
     """Steps between checkpoints: what a killed machine can lose. The end of a run always saves."""
     keep: int = 2
@@ -235,7 +239,7 @@ def validate(config: RunConfig, *, data: bool = True) -> None:
         "max_failing",
     ):
         _check(getattr(config, name) >= 1, f"{name} is {getattr(config, name)}: it must be at least 1")
-    for name in ("eval_every", "keep_best", "seed", "profile"):
+    for name in ("eval_every", "diagnose_every", "keep_best", "seed", "profile"):
         _check(getattr(config, name) >= 0, f"{name} is {getattr(config, name)}: it cannot be negative")
     _check(config.seed < 2**32, f"seed is {config.seed}: it must be below 2**32")
     _check(config.eval_rows is None or config.eval_rows >= 1, f"eval_rows is {config.eval_rows}: 1 or more, or None")

@@ -291,6 +291,16 @@ class MetricsWriter:
         self.draw()
         self._last = (line["step"], time.perf_counter())  # the evaluation's time is not training pace
 
+    def diagnostics(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write one line of diagnostics, every key with the prefix ``diagnostics/``; printed but for single layers."""
+        if not self._write:
+            return
+        line = self._record(step, {f"diagnostics/{name}": value for name, value in metrics.items()})
+        shown = [name for name in metrics if name.count("/") == 1]
+        values = "  ".join(f"{name} {_short(line[f'diagnostics/{name}'])}" for name in shown)
+        self.say(f"diagnostics of step {step}/{self._steps}  {values}")
+        self._last = (step - 1, time.perf_counter())  # measured before the step, and no training pace either
+
     def say(self, message: str) -> None:
         """Print a line that stays, above the live line."""
         if self._write:

@@ -23,8 +23,11 @@ from jaxpt.checkpoint import Checkpoints, Preemption
 from jaxpt.config import BUILT_IN, RunConfig, parse_source, rate_changes, resolve_phases, with_layers
 from jaxpt.data.build import BuildConfig, build
 from jaxpt.data.pipeline import Phase, Pipeline, Source, check_continues, held_out
+from jaxpt.diagnostics import make_alignment, make_curvature, readings
 from jaxpt.evaluate import evaluate
 from jaxpt.metrics import Meter, MetricsWriter, matmul_flops, peak_flops
+from jaxpt.models.attention import DENSE_BELOW
+from jaxpt.models.config import DENSE_ONLY
 from jaxpt.optimizer import assign_groups, learning_rate_schedule, make_optimizer, trainable
 from jaxpt.sharding import MeshConfig, check_rows, local_rows, make_mesh, put_batch, state_shardings
 from jaxpt.step import Measured, initial_state, make_eval_step, make_example, make_train_step
@@ -136,6 +139,29 @@ def compiled_train_step(config: RunConfig, parts: Parts, mesh: Mesh) -> Any:
     )
     whole = NamedSharding(mesh, P())  # measurements are whole on every process
     return jax.jit(step, donate_argnums=0, out_shardings=(parts.shardings, whole))
+
+
+def compiled_diagnosis(
+    config: RunConfig, parts: Parts, vocab: Vocab, mesh: Mesh
+) -> Callable[[TrainState, Batch], dict[str, float]]:
+    """Return what measures alignment and curvature before an update, by programs apart from the step's."""
+    longest = max(phase.seq_len or 0 for phase in resolve_phases(config))
+    apart = any(getattr(part, "positions", None) in DENSE_ONLY for _, part in configuration.parts("", config))
+    # a form with a second derivative, exact numbers and no dropout
+    form = "dense" if apart or longest < min(DENSE_BELOW.values()) else "blockwise"
+    plain = {"attention": form, "dtype": "float32", "dropout": 0.0, "attention_dropout": 0.0, "mlp_dropout": 0.0}
+    smooth = with_layers(config.objective, **plain).build(vocab)
+    whole = NamedSharding(mesh, P())
+    settings = {"seed": config.seed, "microbatches": config.microbatches}
+    align = jax.jit(make_alignment(parts.objective, parts.specs, **settings), out_shardings=whole)
+    bend = jax.jit(make_curvature(smooth, parts.specs, **settings), out_shardings=whole)
+
+    def diagnose(state: TrainState, batch: Batch) -> dict[str, float]:
+        snapshot = Snapshot(state.params, state.carry, state.step)
+        measured = jax.device_get(align(snapshot, batch)), jax.device_get(bend(snapshot, batch))
+        return readings(tuple(parts.objective.scale), *measured)
+
+    return diagnose
 
 
 def describe(config: RunConfig, parts: Parts, phases: tuple[Phase, ...], mesh: Mesh) -> str:
@@ -323,6 +349,7 @@ def train(config: RunConfig) -> int:
         # ---------------------------------------------------------------------- step, evaluation, metrics
         train_step = compiled_train_step(config, parts, mesh)
         eval_step = jax.jit(make_eval_step(parts.judge, seed=config.seed), out_shardings=NamedSharding(mesh, P()))
+        diagnose = compiled_diagnosis(config, parts, pipeline.vocab, mesh) if config.diagnose_every else None
         rate = learning_rate_schedule(config.optimizer, config.steps, rate_changes(config))
         writer = closing.enter_context(MetricsWriter(folder, config.steps, resume_step=start or None, write=first))
         for note in [describe(config, parts, phases, mesh), *notes, "compiling; the first lines follow"]:
@@ -331,6 +358,7 @@ def train(config: RunConfig) -> int:
         meter = Meter(peak, writer.seconds)
         traced = config.profile if first else 0
         trace = closing.enter_context(StepTrace(folder / "profile", start, traced, writer.say))
+        alarms: set[str] = set()  # that were raised when a line was last written
         flops_of = {phase: step_flops(parts, pipeline.batch(phase.from_step, slice(1)), phase) for phase in phases}
 
         def report(step: int, measured: Measured) -> int:
@@ -346,6 +374,11 @@ def train(config: RunConfig) -> int:
                 line = {"loss": values.loss, **values.metrics, "learning_rate": np.asarray(rate(updates)).item()}
                 line |= {"grad_norm": values.grad_norm, "skipped_steps": int(guard.skipped), **meter.read()}
                 writer.train(step, line)
+                raised = {name for name, value in values.metrics.items() if "alarm/" in name and value > 0}
+                for name in sorted(raised - alarms):
+                    writer.say(f"ALARM at step {step}: {name} (docs/objectives.md says what it watches)")
+                alarms.clear()
+                alarms.update(raised)
             return int(guard.failing)
 
         def judge(step: int, state: TrainState) -> float:
@@ -369,6 +402,10 @@ def train(config: RunConfig) -> int:
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 with meter.waiting():
                     batch = next(batches)
+                if diagnose and step % config.diagnose_every == 0:
+                    jax.block_until_ready(state)  # the step before is training
+                    with meter.paused():
+                        writer.diagnostics(step, diagnose(state, batch))
                 state, measured = train_step(state, batch)
             # The step before is read while this one runs, so that the device never waits for the host. On a CPU,
             # where this one is finished by now, its own measurements are read, and the speed is right.

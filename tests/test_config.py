@@ -187,6 +187,7 @@ def test_a_wrong_flag_is_explained(flags, message, capsys):
         ({"data": ("prose=nan",)}, "data prose has weight nan"),
         ({"seed": 2**32}, "seed is 4294967296"),
         ({"eval_rows": 0}, "eval_rows is 0"),
+        ({"diagnose_every": -1}, "diagnose_every is -1"),
         ({"spike_factor": 0.5}, "spike_factor is 0.5: it must be 0"),
         ({"preemption_exit_code": 300}, "preemption_exit_code"),
         ({"out": "gs://bucket/run"}, "local or mounted"),
@@ -325,6 +326,7 @@ def test_the_same_run_and_what_may_change_resume():
         log_every=1,
         eval_every=7,
         eval_rows=None,
+        diagnose_every=5,
         checkpoint_every=3,
         keep=9,
         keep_best=0,
@@ -352,7 +354,7 @@ REFUSED = {
     "phases": (PhaseConfig(10, seq_len=64),),
 }
 ALLOWED = {"steps", "microbatches", "mesh", "log_every", "eval_every", "eval_rows", "checkpoint_every", "keep"}
-ALLOWED |= {"keep_best", "max_failing", "profile", "preemption_exit_code", "out"}
+ALLOWED |= {"keep_best", "max_failing", "profile", "preemption_exit_code", "out", "diagnose_every"}
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -19,7 +19,7 @@ FLOORS = {
     "corruption": 1, "losses": 1, "models": 1, "data": 1, "optimizer": 1, "sharding": 1, "checkpoint": 1, "metrics": 1,
     "tracing": 1, "process": 1,
     "objectives": 2, "step": 2,
-    "evaluate": 3,
+    "evaluate": 3, "diagnostics": 3,
     "config": 4,
     "train": 5,
     "plan": 6, "show": 6,

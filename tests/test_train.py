@@ -20,7 +20,7 @@ from jaxpt.config import PhaseConfig, RunConfig
 from jaxpt.data.build import BuildConfig, build
 from jaxpt.data.pipeline import Phase, Pipeline
 from jaxpt.models.config import TransformerConfig
-from jaxpt.objectives import CausalLM, MaskedLM
+from jaxpt.objectives import CausalLM, Consistency, MaskedLM
 from jaxpt.optimizer import OptimizerConfig
 from jaxpt.sharding import MeshConfig, make_mesh
 from jaxpt.train import evaluate_run, make_parts, open_phases, step_flops, train
@@ -152,6 +152,30 @@ def test_resumes_on_another_mesh(finished: Path, data: str, tmp_path: Path, monk
     want, got = lines(finished, evaluations=False), lines(tmp_path / "run", evaluations=False)
     assert got[:6] == want[:6]
     np.testing.assert_allclose([line["loss"] for line in got], [line["loss"] for line in want], rtol=1e-5)
+
+
+def test_diagnosing_changes_nothing_and_its_interval_may_change(
+    finished: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    config = config_of(data, tmp_path / "run", diagnose_every=3)
+    monkeypatch.setattr(trunk, "Preemption", StopAt(4))
+    train(config)
+    monkeypatch.undo()
+    assert train(dataclasses.replace(config, diagnose_every=5)) == 0
+    found = lines(tmp_path / "run")
+    diagnosed = {line["step"]: line for line in found if "diagnostics/curvature/top" in line}
+    assert [line for line in found if line["step"] not in diagnosed or "loss" in line or "eval/loss" in line] == (
+        lines(finished)
+    )
+    assert list(diagnosed) == [3, 5, 10]
+    wanted = {"noise_floor/mlm", "noise_floor/mlm/trunk/layers/0", "curvature/gradient", "curvature/trace_error"}
+    for line in diagnosed.values():
+        assert {f"diagnostics/{name}" for name in wanted} <= line.keys()
+        assert all(value is not None for value in line.values())
+        assert -1 <= line["diagnostics/noise_floor/mlm"] <= 1
+    said = capsys.readouterr().out
+    assert "diagnostics of step 3/12  noise_floor/mlm " in said
+    assert "trunk/layers" not in said
 
 
 def test_evaluate_gives_what_training_gave(finished: Path):
@@ -317,3 +341,15 @@ def test_a_run_that_keeps_failing_stops(data: str, tmp_path: Path, capsys: pytes
     assert "3 steps in a row had a gradient that is not finite" in said
     assert "the last good checkpoint is" in said
     assert lines(tmp_path / "run")[-1]["loss"] is None
+
+
+def test_an_alarm_of_the_objective_is_said_once(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A metric under "alarm/", whatever the objective; here one that no network can please."""
+    network = dataclasses.replace(NETWORK, dropout=0.0)
+    objective = Consistency(encoder=network, alarm=100.0, alarm_after=1)
+    changes = {"steps": 5, "eval_every": 0, "eval_rows": 8}
+    assert train(config_of(data, tmp_path / "run", objective=objective, **changes)) == 0
+    said = capsys.readouterr().out
+    assert "ALARM at step 2: alarm/collapse" in said
+    assert said.count("ALARM") == 1
+    assert [line["alarm/collapse"] for line in lines(tmp_path / "run", evaluations=False)] == [0, 1, 1, 1, 1]

@@ -81,8 +81,7 @@ def _products(x: Array, layers: Weights) -> tuple[Array, ...]:
     return tuple(checkpoint_name(y, PRODUCT) for y in _dense(x, layers))
 
 
-@jax.custom_vjp
-def _dense(x: Array, layers: Weights) -> tuple[Array, ...]:
+def _affine(x: Array, layers: Weights) -> tuple[Array, ...]:
     products = [_product(x, kernel.astype(x.dtype), (x.ndim - 1,), (0,)) for kernel, _ in layers]
     return tuple(
         (y if bias is None else y + bias).astype(x.dtype) for y, (_, bias) in zip(products, layers, strict=True)
@@ -106,7 +105,9 @@ def _dense_backward(saved: tuple[Array, Weights], dys: tuple[Array, ...]) -> tup
     return jnp.asarray(dx).astype(x.dtype), tuple(gradients)
 
 
-_dense.defvjp(lambda x, layers: (_dense(x, layers), (x, layers)), _dense_backward)
+# the forward rule has no rule of its own inside, so that a gradient can be differentiated forward, too (diagnostics.py)
+_dense = jax.custom_vjp(_affine)
+_dense.defvjp(lambda x, layers: (_affine(x, layers), (x, layers)), _dense_backward)
 
 
 def fold_keys(keys_R: Array | None, number: Array | int) -> Array | None:
