@@ -122,6 +122,7 @@ Turn raw text into token shards that `jaxpt train --data OUT` reads. `jaxpt data
 examples:
   jaxpt data build data/books --input books/ --vocab-size 32000
   jaxpt data build data/news --input news.jsonl.zst --field text --tokenizer tokenizer.json
+  jaxpt data build data/pairs --input pairs.jsonl --fields source target --text-tokens 400 100
   jaxpt data build data/prose --corpus prose --vocab-size 8192
 """
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpt.types import AXIS_RULES, MESH_AXES, Batch, ParamSpec, Tree
+from jaxpt.types import AXIS_RULES, MESH_AXES, ROW_STATE, Batch, ParamSpec, Tree
 
 ROWS = AXIS_RULES["batch"]
 
@@ -95,8 +95,8 @@ def state_shardings(state: Tree, specs: Tree, shapes: Tree, mesh: Mesh) -> Tree:
     """Return a NamedSharding per leaf of the whole train state.
 
     A leaf whose path ends with a parameter's path and which has its shape lives where the parameter lives: that
-    finds the moments in any optax state, averaged parameters, and networks kept in the carry. Everything else
-    (counts, factored moments, which are small) is replicated.
+    finds the moments in any optax state, averaged parameters, and networks kept in the carry. What stands under
+    ``ROW_STATE`` is spread by rows. Everything else (counts, factored moments, which are small) is replicated.
 
     Args:
       state: tree of ShapeDtypeStructs (from ``jax.eval_shape``).
@@ -113,6 +113,8 @@ def state_shardings(state: Tree, specs: Tree, shapes: Tree, mesh: Mesh) -> Tree:
             shape, sharding = by_path.get(path[-length:], (None, None))
             if sharding is not None and shape == leaf.shape:
                 return sharding
+        if any(getattr(part, "key", None) == ROW_STATE for part in path):
+            return NamedSharding(mesh, partition_spec(("batch", *[None] * (len(leaf.shape) - 1)), leaf.shape, mesh))
         return NamedSharding(mesh, P())
 
     return jax.tree_util.tree_map_with_path(place, state)

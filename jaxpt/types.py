@@ -14,8 +14,9 @@ a jit boundary is a NamedTuple, which JAX knows as a pytree; everything static i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -30,9 +31,10 @@ else:  # annotations only: importing jax here would cost every worker of the dat
 
 Tree: TypeAlias = Any  # a nest of dicts whose leaves are arrays (or ParamSpecs)
 Params: TypeAlias = Tree
-Packing: TypeAlias = Literal["concatenate", "best_fit", "one_document"]
+Packing: TypeAlias = Literal["concatenate", "best_fit", "one_document", "stream"]
 Role: TypeAlias = Literal["kernel", "embedding", "bias", "norm"]
 
+ROW_STATE = "rows"  # what a carry holds under this name leads with the rows of a batch, and is spread over devices so
 FROZEN = "frozen"  # the parameter group that no gradient reaches and no optimizer updates
 
 # The one table from logical axis names, which parameters and activations carry, to mesh axes. A mesh axis is
@@ -198,18 +200,30 @@ class ParamSpec:
     group: str = "main"
 
 
+class RowKind(NamedTuple):
+    """Rows of a length of their own among those of a batch (``RowSpec.kinds``)."""
+
+    share: int  # of the rows of every batch, relative to the other kinds
+    raw_length: Callable[[int], int]  # model length -> raw tokens of a row of this kind
+
+
 @dataclass(frozen=True)
 class RowSpec:
     """What an objective asks of the data: how raw documents become rows.
 
     Args:
-      packing: "concatenate" (cut anywhere, no padding), "best_fit" (whole documents where they fit) or
-        "one_document" (a document, or a piece of a long one, per row).
+      packing: "concatenate" (cut anywhere, no padding), "best_fit" (whole documents where they fit),
+        "one_document" (a document, or a piece of a long one, per row) or "stream" (concatenated, and row r of a step
+        goes on where row r of the step before ended).
       prefix: token ids put before each document, for example [CLS].
       suffix: token ids put after each document, for example [SEP] or EOS.
       reserve: slots of a row that the objective fills itself; the data leaves them out of the row's length.
       raw_length: model length -> raw tokens per row, where that is not ``length - reserve``.
       fields: names in ``Batch.extras`` that the objective reads.
+      kinds: where rows differ in length: the rows of every batch are divided among these in contiguous ranges
+        (``kind_ranges``), each is read in an order of its own, and the batch is as wide as the longest.
+      texts: texts of an example that are read, 2 for pairs: the data must have been built of them, and a row must hold
+        a whole example; 0 = any data.
     """
 
     packing: Packing = "concatenate"
@@ -218,10 +232,47 @@ class RowSpec:
     reserve: int = 0
     raw_length: Callable[[int], int] | None = None
     fields: tuple[str, ...] = ()
+    kinds: tuple[RowKind, ...] = ()
+    texts: int = 0
 
     def tokens(self, length: int) -> int:
-        """Raw tokens of a row whose model length is ``length``."""
+        """Raw tokens of a row whose model length is ``length``; of the longest kind, where there are kinds."""
+        if self.kinds:
+            return max(kind.raw_length(length) for kind in self.kinds)
         return self.raw_length(length) if self.raw_length else length - self.reserve
+
+    def each_kind(self) -> tuple[RowSpec, ...]:
+        """What rows of each kind are, in order; of rows of one kind, this itself."""
+        return tuple(replace(self, raw_length=kind.raw_length, kinds=()) for kind in self.kinds) or (self,)
+
+    def kind_ranges(self, total: int) -> list[slice]:
+        """The rows of each kind among ``total``; raises ValueError where they cannot be divided."""
+        return divide_rows(total, [kind.share for kind in self.kinds] or [1], "rows of several kinds")
+
+
+def divide_rows(total: int, shares: Sequence[int], wanted_by: str) -> list[slice]:
+    """Divide rows in contiguous ranges, in proportion to whole numbers.
+
+    Args:
+      total: rows.
+      shares: of each part.
+      wanted_by: who divides, for the message.
+
+    Raises:
+      ValueError: they cannot be divided so.
+
+    >>> divide_rows(8, [3, 1], "a mixture")
+    [slice(0, 6, None), slice(6, 8, None)]
+    """
+    whole = sum(shares)
+    unit = whole // math.gcd(*shares)
+    if total % unit:
+        raise ValueError(
+            f"{wanted_by}: {total} rows cannot be divided as {' : '.join(map(str, shares))}: make batch_size a "
+            f"multiple of {unit} times microbatches"
+        )
+    places = [total * sum(shares[:index]) // whole for index in range(len(shares) + 1)]
+    return list(map(slice, places, places[1:]))
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@
     python tools/recipes.py protein_bert --data protein_bert=data/protein
     python tools/recipes.py --json recipes.json --table             # the table of what is known, nothing is run
 
-Networks shrink to 4 layers of width 128 (the parts of a pair in proportion), rows to 16 x 128 tokens and the optimizer
+Networks shrink to 2 layers of width 128 (the parts of a pair in proportion), rows to 16 x 128 tokens and the optimizer
 to a constant rate after 20 steps; all else is as published. A recipe is a process of its own: 200 steps of `train`,
 then turns of its step and of a causal language model's of the same width, alternated, and its corruption alone. What
 is done is kept in the JSON file, and a second call goes on from there.
@@ -34,7 +34,7 @@ from jaxpt.config import parts as dataclasses_of
 from jaxpt.models.config import TransformerConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-WIDTH, DEPTH, ROWS, LENGTH = 128, 4, 16, 128
+WIDTH, DEPTH, ROWS, LENGTH = 128, 2, 16, 128
 BINARY = ("disc", "pair", "next", "order")  # terms of two classes; the others predict tokens
 TURNS, STEPS = 5, 4
 
@@ -80,6 +80,7 @@ def mini_run(config: RunConfig, data: str | None, steps: int, out: str) -> RunCo
     ]
     scale = WIDTH / max(network.width for network in networks)
     depth = DEPTH / max(network.depth for network in networks)
+    shares = sum(getattr(part, "share", 0) for _, part in dataclasses_of("objective", config.objective)) or 1
     rate = 1e-3 if config.optimizer.name not in ("adafactor", "lamb") else 1e-2
     optimizer = replace(
         config.optimizer, learning_rate=rate, schedule="constant", warmup_steps=20, decay_steps=0, schedule_steps=None
@@ -92,7 +93,7 @@ def mini_run(config: RunConfig, data: str | None, steps: int, out: str) -> RunCo
         optimizer=optimizer,
         phases=(),
         seq_len=LENGTH,
-        batch_size=ROWS,
+        batch_size=max(1, ROWS // shares) * shares,  # what divides the rows of a batch gets its share
         microbatches=1,
         steps=steps,
         log_every=1,

@@ -192,6 +192,42 @@ def record(family: str) -> dict[str, Any]:
     }
 
 
+def xlnet() -> dict[str, Any]:
+    """Both streams of XLNet for a random order, with a memory: four targets in each row, their ranks recorded."""
+    rng = np.random.default_rng(abs(hash_of("xlnet")))
+    sizes = {"d_model": 32, "n_layer": 3, "n_head": 4, "d_inner": 48, "ff_activation": "gelu_new", "mem_len": 5}
+    config = hf.XLNetConfig(vocab_size=VOCAB, **sizes)
+    model = hf.XLNetLMHeadModel(config).float().eval()
+    weights = randomise(model, rng)
+    tokens = rng.integers(7, VOCAB, (ROWS, LENGTH))
+    memory = rng.standard_normal((3, ROWS, 5, 32)).astype(np.float32)
+    targets = np.sort(rng.permuted(np.tile(np.arange(LENGTH), (ROWS, 1)), axis=1)[:, :4])
+    ranks = np.zeros((ROWS, LENGTH), int)
+    np.put_along_axis(ranks, targets, rng.permuted(np.tile(np.arange(1, 5), (ROWS, 1)), axis=1), axis=1)
+    blocked = ranks[:, None, :] >= np.maximum(ranks, 1)[:, :, None]  # a target itself, too; what is no target sees none
+    with torch.no_grad():
+        out = model(
+            torch.from_numpy(tokens),
+            perm_mask=torch.from_numpy(blocked.astype(np.float32)),
+            target_mapping=torch.from_numpy(np.eye(LENGTH, dtype=np.float32)[targets]),
+            mems=[torch.from_numpy(layer).transpose(0, 1).contiguous() for layer in memory],
+            output_hidden_states=True,
+        )
+    versions = {"transformers": hf.__version__, "torch": torch.__version__, "numpy": np.__version__}
+    return {
+        **{f"weights/{name}": values for name, values in weights.items()},
+        "tokens": tokens.astype(np.int32),
+        "targets": targets.astype(np.int32),
+        "ranks": ranks.astype(np.int32),
+        "memory": memory,
+        "content": torch.stack(out.hidden_states[0::2]).numpy(),
+        "queries": torch.stack(out.hidden_states[1::2]).numpy(),
+        "logits": out.logits.numpy(),
+        "versions": np.array(json.dumps(versions)),
+        "config": np.array(config.to_json_string(use_diff=True)),
+    }
+
+
 def hash_of(name: str) -> int:
     return sum(ord(letter) * 31**place for place, letter in enumerate(name)) % 2**31
 
@@ -292,6 +328,7 @@ def main() -> None:
         path = folder / f"{family}.npz"
         np.savez_compressed(path, **record(family))
         print(path, path.stat().st_size)
+    np.savez_compressed(folder / "xlnet.npz", **xlnet())
     np.savez_compressed(folder / "relative_buckets.npz", **buckets())
     counts = {name: count(make, config) for name, (make, config) in published().items()}
     text = json.dumps({"transformers": hf.__version__, "counts": counts}, indent=1)

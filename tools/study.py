@@ -48,7 +48,7 @@ from jaxpt.optimizer import OptimizerConfig
 from jaxpt.types import Objective, ObjectiveConfig, Params
 
 NETWORK = TransformerConfig(
-    depth=4, width=128, heads=4, positions="rotary", final_norm=True, logits_bias=True, init_scale=0.02
+    depth=2, width=128, heads=4, positions="rotary", final_norm=True, logits_bias=True, init_scale=0.02
 )
 GENERATOR = replace(NETWORK, width=64, heads=2)  # of replaced-token detection: half as wide, on its own
 PASSAGE, ARTICLES, TEXTS = 64, 40, 4000  # tokens of a passage; documents to tell apart; texts of a task at most

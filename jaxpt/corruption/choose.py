@@ -132,3 +132,27 @@ def draw_within(bits_L: Array, unit_ids_L: Array, selected_L: Array, limit: int)
       limit: tokens, the room for predictions.
     """
     return draw_units(bits_L, jnp.uint32(0), unit_ids_L, selected_L, limit, limit)
+
+
+def ranks_within(keys_N: Array, candidates_N: Array, groups_N: Array) -> Array:
+    """Order the candidates of every group by their keys, and put the others of the group behind them.
+
+    Args:
+      keys_N: [N], smallest first; random bits (u32) make the order random.
+      candidates_N: [N] bool.
+      groups_N: [N] i32, for example segment ids.
+
+    Returns:
+      [N] i32: each element's place in the order of its group, 0, 1, ...
+
+    >>> import jax.numpy as jnp
+    >>> keys, groups = jnp.array([7, 9, 8, 4, 6]), jnp.array([1, 1, 1, 2, 2])
+    >>> ranks_within(keys, jnp.array([False, True, True, True, True]), groups).tolist()
+    [2, 1, 0, 0, 1]
+    """
+    size = candidates_N.shape[0]
+    index_N = jnp.arange(size, dtype=jnp.int32)
+    sorted_N, *_, order_N = jax.lax.sort((groups_N, ~candidates_N, keys_N, index_N), num_keys=4)
+    first_N = jnp.concatenate([jnp.ones(1, bool), sorted_N[1:] != sorted_N[:-1]])
+    ranks_N = index_N - jax.lax.cummax(jnp.where(first_N, index_N, 0))
+    return jnp.zeros(size, jnp.int32).at[order_N].set(ranks_N, unique_indices=True)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
+from jaxpt.corruption.compact import compact
 from jaxpt.types import Array
 
 
@@ -75,3 +77,36 @@ def lay(lengths_S: Array, length: int) -> tuple[Array, Array]:
     segment_ids_J = jnp.where(slots_J < stops_S[-1], segment_ids_J, 0)
     positions_J = slots_J - (stops_S - lengths_S)[segment_ids_J]
     return segment_ids_J, jnp.where(segment_ids_J > 0, positions_J, 0)
+
+
+def before_within(counts_L: Array, segment_ids_L: Array) -> Array:
+    """Sum of all earlier entries of the same piece, for rows whose pieces follow one another.
+
+    >>> import jax.numpy as jnp
+    >>> before_within(jnp.array([1, 0, 3, 1, 1]), jnp.array([1, 1, 1, 2, 2])).tolist()
+    [0, 1, 1, 0, 1]
+    """
+    before_L = before(counts_L)
+    first_L = jnp.concatenate([jnp.ones(1, bool), segment_ids_L[1:] != segment_ids_L[:-1]])
+    return before_L - jax.lax.cummax(jnp.where(first_L, before_L, 0))
+
+
+def gather(marked_L: Array, segment_ids_L: Array, length: int) -> tuple[Array, Array, Array]:
+    """Lay the marked tokens of each piece, in order, into a row of another length.
+
+    Args:
+      marked_L: [L] bool, no padding.
+      segment_ids_L: [L] i32, 0 = padding.
+      length: slots of the new row, J; what does not fit is cut.
+
+    Returns:
+      places_J ([J] i32, where each token stands in the old row), segment_ids_J ([J] i32, 0 = padding) and positions_J
+      ([J] i32, restart in each piece).
+
+    >>> import jax.numpy as jnp
+    >>> [x.tolist() for x in gather(jnp.array([True, False, True, True, False]), jnp.array([1, 1, 1, 2, 0]), 4)]
+    [[0, 2, 3, 0], [1, 1, 2, 0], [0, 1, 0, 0]]
+    """
+    places_J, used_J = compact(marked_L, length)
+    segment_ids_J = jnp.where(used_J, segment_ids_L[places_J], 0)
+    return places_J, segment_ids_J, jnp.where(used_J, before_within(used_J.astype(jnp.int32), segment_ids_J), 0)

@@ -163,7 +163,7 @@ class Spans:
         units_L = jnp.maximum(unit_ids(first_L), 0)  # special tokens count with the unit before them; unused
         size = jnp.sum(first_L)
         budget = draw_count(few_bits[0], jnp.asarray(rate, jnp.float32) * size, self.rounding)
-        lengths_S = draw_fit(few_bits[1], draw_lengths(lengths_bits[:room], self.law), budget, size)
+        lengths_S = draw_fit(few_bits[jnp.array([1, -1])], draw_lengths(lengths_bits[:room], self.law), budget, size)
         starts_S = draw_starts(places_bits, lengths_S, size, touching=self.touching)
         selected_L = row.candidates & cover(starts_S, lengths_S, length)[units_L]
         return draw_within(excess_bits[:-1], units_L, selected_L, room)

@@ -25,13 +25,14 @@ from etils import epath
 from jaxpt.data import manifest as manifests
 from jaxpt.data import parts
 from jaxpt.data.corpus import Corpus, corpus_pieces
-from jaxpt.data.files import Format, Piece, Unit, list_inputs
+from jaxpt.data.files import Format, Piece, Unit, list_aligned, list_inputs
 from jaxpt.data.finish import KEY, part_arrays, write_rest, write_shards
 from jaxpt.data.jobs import run, say
 from jaxpt.data.manifest import Manifest, Split, is_local, write_atomically
-from jaxpt.data.phrases import FREQUENT, find_phrases
+from jaxpt.data.phrases import FREQUENT, find_phrases, save_word_tables
 from jaxpt.data.tokenizer import Tokenizer, byte_tokenizer, open_tokenizer, sentencepiece_tokenizer
 from jaxpt.data.train_tokenizer import Sample, check_vocab_size, train_sentencepiece
+from jaxpt.data.vocabulary import SENTINELS
 
 _WORK = ".build"  # the folder of an unfinished build
 _UNKNOWN = 0.01  # the share of unknown tokens above which the build warns
@@ -52,6 +53,14 @@ class BuildConfig:
     """Format of all inputs; `auto` goes by their names (.jsonl .ndjson .json, .parquet, .fasta .fa, else text)."""
     field: str = "text"
     """Field of JSON lines or column of Parquet that holds the text or a list of sentences; dots descend."""
+    fields: tuple[str, ...] = ()
+    """Instead of field, those of the texts of an example: `--fields source target` builds pairs."""
+    aligned: tuple[str, ...] = ()
+    """Instead of input, line-aligned files (or patterns): line n of all of them is an example, the first its source."""
+    text_tokens: tuple[int, ...] = ()
+    """Most tokens of each text of an example: a number for each, or one for all."""
+    long_texts: Literal["skip", "cut"] = "skip"
+    """What becomes of an example with a longer text: it is left out, or the text is cut; both are counted."""
     document: Unit = "file"
     """What is a document in plain text: the `file`, a `paragraph` (blank lines between) or a `line`."""
     include: tuple[str, ...] = ()
@@ -62,6 +71,8 @@ class BuildConfig:
     """Lower-case text for a WordPiece vocab.txt; by default as the vocabulary itself is."""
     vocab_size: int = 8192
     """Ids of the trained tokenizer in all, 363 or 364 of them for special tokens, sentinels and bytes."""
+    sentinels: int = SENTINELS
+    """Sentinel tokens at least: one per span that is hidden of a text (T5), and one per mode (UL2)."""
     model: Literal["unigram", "bpe", "char", "byte"] = "unigram"
     """Kind of the trained tokenizer; `byte` needs no training and ignores the size."""
     sample: int = 32
@@ -74,6 +85,8 @@ class BuildConfig:
     """How often an n-gram of 2 to 5 words must occur to be a phrase, 2 to 255 times."""
     phrase_share: float = 0.5
     """Share of the n-grams of each length that occur so often: those of the highest mutual information."""
+    gap_scores: bool = False
+    """Score each sentence by what it has in common with its document (ROUGE-1 F), for gap sentences."""
     fim_rate: float = 0.0
     """Share of documents that are written for fill-in-the-middle, cut at characters before they are tokenised."""
     fim_spm_rate: float = 0.5
@@ -108,9 +121,15 @@ def build(config: BuildConfig) -> Manifest:
       RuntimeError: a worker process died.
     """
     _check(config)
-    pieces = corpus_pieces(config.corpus) if config.corpus else list_inputs(config.input, config.format, config.include)
+    if config.aligned:
+        pieces, sources = list_aligned(config.aligned)
+    elif config.corpus:
+        pieces = sources = corpus_pieces(config.corpus)
+    else:
+        pieces = sources = list_inputs(config.input, config.format, config.include)
+    _check_formats(config, sources)
     tokenizer = _given_tokenizer(config)
-    key = _key(config, pieces, tokenizer)
+    key = _key(config, sources, tokenizer)
     out = epath.Path(config.out)
     if (out / manifests.NAME).exists():
         return _finished(out, key)
@@ -118,7 +137,6 @@ def build(config: BuildConfig) -> Manifest:
     workers = config.workers or _cores()
 
     digests: dict[str, str] = {}
-    sources = pieces
     if config.corpus == "prose":
         pieces, digests = _extract(config, pieces, work, workers)
     jobs = _parts(config, pieces, work)
@@ -135,14 +153,19 @@ def build(config: BuildConfig) -> Manifest:
     _check_splits(config, totals, work, len(jobs))
 
     dtype = parts.token_dtype(tokenizer)
+    if config.phrases or config.gap_scores:
+        save_word_tables(tokenizer, work)
     if config.phrases:
         files = [parts.part_file(work, job.number, "train") for job in jobs]
         find_phrases(files, work, tokenizer, dtype, config.phrase_count, config.phrase_share, workers)
     limits = config.shard_megabytes << 20, config.shard_documents
-    shards = write_shards(out, work, dtype, config.phrases, len(jobs), limits, workers)
+    extras = ({"gap_scores": "uint8"} if config.gap_scores else {}) | (
+        {"phrase_starts": "bool"} if config.phrases else {}
+    )
+    shards = write_shards(out, work, dtype, extras, len(jobs), limits, workers)
     splits = {split: Split(**totals[split], shards=shards[split]) for split in parts.SPLITS}
-    extras = {"phrase_starts": "bool"} if config.phrases else {}
-    manifest = write_rest(out, work, tokenizer, splits, problems, sources, digests, len(jobs), extras)
+    texts = _texts(config, results)
+    manifest = write_rest(out, work, tokenizer, splits, problems, sources, digests, len(jobs), extras, texts)
     manifest.save()
     shutil.rmtree(work, ignore_errors=True)
     _summary(manifest)
@@ -153,8 +176,9 @@ def build(config: BuildConfig) -> Manifest:
 
 
 def _check(config: BuildConfig) -> None:
-    if bool(config.input) == bool(config.corpus):
-        raise ValueError("give either --input FILES or --corpus prose|code")
+    if bool(config.input) + bool(config.corpus) + bool(config.aligned) != 1:
+        raise ValueError("give one of --input FILES, --corpus prose|code and --aligned FILE FILE")
+    _check_texts(config)
     if not 0 <= config.validation < 1:
         raise ValueError(
             f"--validation is a fraction of the documents, at least 0 and below 1, not {config.validation}"
@@ -168,10 +192,45 @@ def _check(config: BuildConfig) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is a share from 0 to 1, not {value}")
     if not 2 <= config.phrase_count <= FREQUENT:
         raise ValueError(f"--phrase-count is from 2 to {FREQUENT}, not {config.phrase_count}")
+    if config.sentinels < SENTINELS:
+        raise ValueError(f"--sentinels must be at least {SENTINELS}, not {config.sentinels}")
     if config.workers is not None and config.workers < 1:
         raise ValueError(f"--workers must be at least 1, not {config.workers}")
     if config.tokenizer is None and config.model != "byte":
-        check_vocab_size(config.vocab_size)  # now, and not after an hour of reading
+        check_vocab_size(config.vocab_size, config.sentinels)  # now, and not after an hour of reading
+
+
+def _check_texts(config: BuildConfig) -> None:
+    count = len(config.fields or config.aligned)
+    for name in ("fields", "aligned"):
+        if len(getattr(config, name)) == 1:
+            raise ValueError(f"--{name} needs one for each text of an example, for example a source and a target")
+    if config.aligned and config.fields:
+        raise ValueError("lines of --aligned files have no --fields: give one of the two")
+    if not count and (config.text_tokens or config.long_texts != "skip"):
+        raise ValueError("--text-tokens and --long-texts are for pairs: give --fields or --aligned, too")
+    if min(config.text_tokens, default=1) < 1 or len(config.text_tokens) not in (0, 1, count):
+        raise ValueError(f"--text-tokens is one number or {count}, each at least 1, not {config.text_tokens}")
+    if count and (config.fim_rate or config.gap_scores):
+        raise ValueError("--fim-rate and --gap-scores are for documents, and not for pairs: leave them out")
+
+
+def _check_formats(config: BuildConfig, pieces: Sequence[Piece]) -> None:
+    wrong = next((piece for piece in pieces if piece.format not in ("jsonl", "parquet")), None)
+    if config.fields and wrong:
+        raise ValueError(f"--fields reads JSON lines and Parquet, and {wrong.name} is {wrong.format}: see --format")
+
+
+def _texts(config: BuildConfig, results: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """What the manifest says of a build of pairs."""
+    count = len(config.fields or config.aligned)
+    if not count:
+        return {}
+    longest, cut = max(result["longest"] for result in results), sum(result["cut"] for result in results)
+    if cut:
+        say(f"cut {cut} examples: a text was longer than --text-tokens")
+    say(f"examples of {count} texts; the longest has {longest} tokens")
+    return {"count": count, "longest": longest, "cut": cut}
 
 
 def _cores() -> int:
@@ -180,8 +239,8 @@ def _cores() -> int:
 
 def _given_tokenizer(config: BuildConfig) -> Tokenizer | None:
     if config.tokenizer is not None:
-        return open_tokenizer(config.tokenizer, config.lowercase)
-    return byte_tokenizer() if config.model == "byte" else None
+        return open_tokenizer(config.tokenizer, config.lowercase, config.sentinels)
+    return byte_tokenizer(config.sentinels) if config.model == "byte" else None
 
 
 def _key(config: BuildConfig, pieces: Sequence[Piece], tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -189,6 +248,9 @@ def _key(config: BuildConfig, pieces: Sequence[Piece], tokenizer: Tokenizer | No
     settings = dataclasses.asdict(config)
     unused = ["out", "workers", "strict"]
     unused += [] if config.phrases else ["phrases", "phrase_count", "phrase_share"]
+    unused += [] if config.fields or config.aligned else ["fields", "aligned", "text_tokens", "long_texts"]
+    unused += [] if config.gap_scores else ["gap_scores"]
+    unused += [] if config.sentinels != SENTINELS else ["sentinels"]
     unused += [] if config.fim_rate else ["fim_rate", "fim_spm_rate", "fim_seed"]
     for irrelevant in unused:
         del settings[irrelevant]
@@ -256,12 +318,16 @@ def _parts(config: BuildConfig, pieces: Sequence[Piece], work: Path) -> list[par
         parts.Part(
             i,
             group,
-            config.field,
+            config.fields or config.field,
             config.document,
             str(work),
             config.validation,
             config.strict,
             (config.fim_rate, config.fim_spm_rate, config.fim_seed),
+            config.text_tokens
+            if len(config.text_tokens) != 1
+            else config.text_tokens * len(config.fields or config.aligned),
+            config.long_texts == "cut",
         )
         for i, group in enumerate(parts.plan(pieces, config.document))
     ]
@@ -306,13 +372,16 @@ def _trained_tokenizer(config: BuildConfig, jobs: Sequence[parts.Part], work: Pa
     assert config.model != "byte"
     chunks = sample.chunks()
     if not chunks:
-        shown = ", ".join(config.input[:3]) + (", ..." if len(config.input) > 3 else "")
+        inputs = config.input or config.aligned
+        shown = ", ".join(inputs[:3]) + (", ..." if len(inputs) > 3 else "")
+        asked = " and ".join(config.fields) or config.field
         raise ValueError(
             f"there is no text to train a tokenizer on in {shown or config.corpus}: the files are empty or could not "
-            f"be read (format {config.format}, field {config.field!r}); --strict names the first fault"
+            f"be read (format {config.format}, field {asked!r}); --strict names the first fault"
         )
     say(f"training a {config.model} tokenizer")
-    tokenizer = sentencepiece_tokenizer(train_sentencepiece(chunks, config.vocab_size, config.model))
+    trained = train_sentencepiece(chunks, config.vocab_size, config.model, config.sentinels)
+    tokenizer = sentencepiece_tokenizer(trained, config.sentinels)
     if tokenizer.size < config.vocab_size:
         say(f"the text has pieces for a vocabulary of {tokenizer.size} ids only, not {config.vocab_size}")
     return tokenizer

@@ -38,6 +38,29 @@ class Piece(NamedTuple):
     modified: int = 0  # seconds since 1970
     start: int = 0
     end: int | None = None
+    beside: tuple[str, ...] = ()  # files whose line n belongs to line n of this one
+
+
+def list_aligned(inputs: tuple[str, ...]) -> tuple[list[Piece], list[Piece]]:
+    """Line-aligned files: one piece for the files of each set, and all files by themselves.
+
+    Args:
+      inputs: a file for each text of an example, or patterns that name as many files each, paired in their order.
+
+    Raises:
+      ValueError: a file does not exist, or patterns name different numbers of files.
+    """
+    sides = [list_inputs((given,), "text") for given in inputs]
+    if len({len(side) for side in sides}) > 1:
+        counts = ", ".join(f"{given}: {len(side)}" for given, side in zip(inputs, sides, strict=True))
+        raise ValueError(
+            f"--aligned pairs the files of each pattern in their order, but they are not as many ({counts})"
+        )
+    sets = [
+        first._replace(size=sum(p.size for p in (first, *rest)), beside=tuple(p.path for p in rest))
+        for first, *rest in zip(*sides, strict=True)
+    ]
+    return sets, [piece for side in sides for piece in side]
 
 
 def list_inputs(inputs: tuple[str, ...], format: Format = "auto", include: tuple[str, ...] = ()) -> list[Piece]:
@@ -96,7 +119,7 @@ def split_piece(piece: Piece, unit: Unit, size: int) -> list[Piece]:
     """Cut a large file into pieces of about `size` bytes, where its format allows to begin in the middle."""
     if piece.format == "parquet":
         return _split_parquet(piece, size)
-    whole = piece.format == "text" and unit == "file"
+    whole = bool(piece.beside) or (piece.format == "text" and unit == "file")
     if whole or compressed(piece.name) or piece.size < 2 * size:
         return [piece]
     starts = list(range(0, piece.size - size // 2, size))

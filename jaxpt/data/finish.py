@@ -32,7 +32,13 @@ def part_arrays(work: Path, count: int, name: str) -> Iterator[np.ndarray]:
 
 
 def write_shards(
-    out: epath.Path, work: Path, token_dtype: str, phrases: bool, count: int, limits: tuple[int, int], workers: int
+    out: epath.Path,
+    work: Path,
+    token_dtype: str,
+    extras: dict[str, str],
+    count: int,
+    limits: tuple[int, int],
+    workers: int,
 ) -> dict[str, tuple[Shard, ...]]:
     """Write the documents of `count` parts into shards, at their place; the shards of each split.
 
@@ -40,12 +46,12 @@ def write_shards(
       out: the folder of the build.
       work: the folder of its parts.
       token_dtype: of the documents.
-      phrases: whether phrases were found and are to be marked.
+      extras: name -> dtype of the further values per token.
       count: the number of parts.
       limits: the bytes and the documents of a shard, at most.
       workers: processes.
     """
-    jobs = parts.plan_shards(count, work, token_dtype, phrases, *limits)
+    jobs = parts.plan_shards(count, work, token_dtype, extras, *limits)
     total = sum(parts.part_file(work, i, split).stat().st_size for i in range(count) for split in parts.SPLITS)
     records = run("writing shards", parts.write_shard, jobs, workers, total)
     shards: dict[str, list[Shard]] = {split: [] for split in parts.SPLITS}
@@ -70,6 +76,7 @@ def write_rest(
     digests: dict[str, str],
     count: int,
     extras: dict[str, str],
+    texts: dict[str, int],
 ) -> Manifest:
     """Write everything but manifest.json itself.
 
@@ -82,7 +89,8 @@ def write_rest(
       sources: the input files.
       digests: SHA-256 of the input files, by name.
       count: the number of parts.
-      extras: further flags per token that the shards have.
+      extras: further values per token that the shards have.
+      texts: of a build of pairs.
 
     Returns:
       The manifest, to be saved.
@@ -113,6 +121,7 @@ def write_rest(
             _npz(is_special=tokenizer.is_special, starts_word=tokenizer.starts_word, token_bytes=tokenizer.token_bytes),
         ),
         extras=extras,
+        texts=texts,
         provenance={
             "settings": {name: value for name, value in key.items() if name != "files"},
             "versions": _versions(),

@@ -6,8 +6,9 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,9 @@ class Manifest:
       splits: "train" and "validation".
       unigram: "file" and "sha256" of the token counts of the training split, int64 [V].
       vocab_arrays: "file" and "sha256" of is_special, starts_word and token_bytes, each [V].
-      extras: name -> "bool" of further flags per token, in the order of the records: "phrase_starts" or none.
+      extras: name -> dtype of further values per token, in the order of the records: "bool" (``phrase_starts``) or
+        "uint8", in steps of 1 / 255 (``gap_scores``).
+      texts: of a build of pairs: "count" texts per example, "longest" example in tokens, "cut" texts; else empty.
       provenance: configuration, versions, inputs with sizes and digests.
       skipped: what could not be read, by reason, with examples.
     """
@@ -67,6 +70,7 @@ class Manifest:
     unigram: Mapping[str, str]
     vocab_arrays: Mapping[str, str]
     extras: Mapping[str, str] = field(default_factory=dict)
+    texts: Mapping[str, int] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     skipped: Mapping[str, Any] = field(default_factory=dict)
 
@@ -97,6 +101,7 @@ class Manifest:
                 name: Split(**{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])})
                 for name, split in record["splits"].items()
             }
+            record.setdefault("texts", {})  # which builds from before there were pairs lack
             fields = {f.name for f in dataclasses.fields(Manifest)} - {"path", "splits"}
             return Manifest(path=folder, splits=splits, **{name: record[name] for name in fields})
         except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -112,6 +117,8 @@ class Manifest:
     def digest(self) -> str:
         """SHA-256 of what training sees: the token shards, the vocabulary and their format; not the provenance."""
         seen = dataclasses.asdict(dataclasses.replace(self, path=None, provenance={}, skipped={}))  # type: ignore[arg-type]
+        if not self.texts:
+            del seen["texts"]  # the digest of a build is what it was before there were pairs
         return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()
 
     def load_vocab(self) -> Vocab:
@@ -140,12 +147,12 @@ def load_vocab(path: str | os.PathLike[str]) -> Vocab:
 
 
 def encode_document(tokens: np.ndarray, sentence_starts: np.ndarray, *extras: np.ndarray) -> bytes:
-    """One record: the number of tokens n, the tokens, and a bit per token for sentence starts and for each extra.
+    """One record: the number of tokens n, the tokens, a bit per token for sentence starts, and the extras.
 
     Args:
       tokens: [n], of the build's token dtype (uint16 or uint32), no special tokens added.
       sentence_starts: [n] bool; the first token always starts a sentence.
-      extras: [n] bool each, in the order of `Manifest.extras`.
+      extras: [n] bool (a bit per token) or uint8 (a byte), in the order of `Manifest.extras`.
 
     >>> tokens, starts = np.array([5, 6, 7], np.uint16), np.array([True, False, True])
     >>> record = encode_document(tokens, starts)
@@ -155,30 +162,39 @@ def encode_document(tokens: np.ndarray, sentence_starts: np.ndarray, *extras: np
     assert tokens.ndim == 1 and tokens.shape == sentence_starts.shape and len(tokens) > 0, "a document has tokens"
     assert tokens.dtype in (np.uint16, np.uint32) and sentence_starts[0]
     body = tokens.astype(tokens.dtype.newbyteorder("<"), copy=False)
-    flags = [np.packbits(flag).tobytes() for flag in (sentence_starts, *extras)]
-    return b"".join((np.array(len(tokens), "<u4").tobytes(), body.tobytes(), *flags))
+    rest = [np.packbits(x).tobytes() if x.dtype == bool else x.tobytes() for x in (sentence_starts, *extras)]
+    return b"".join((np.array(len(tokens), "<u4").tobytes(), body.tobytes(), *rest))
 
 
-def decode_document(record: bytes, token_dtype: str, extras: int = 0) -> tuple[np.ndarray, ...]:
-    """The tokens [n] (of `token_dtype`, read-only), sentence ids [n] int32 (0, 1, ...) and extras [n] bool of a record.
+def extra_bytes(n: Any, dtype: str) -> Any:
+    """Bytes of an extra of n tokens (or of an array of such numbers)."""
+    return n if dtype == "uint8" else (n + 7) // 8
+
+
+def decode_document(record: bytes, token_dtype: str, extras: Iterable[str] = ()) -> tuple[np.ndarray, ...]:
+    """The tokens [n] (of `token_dtype`, read-only), sentence ids [n] int32 (0, 1, ...) and extras [n] of a record.
 
     Args:
       record: of `encode_document`.
       token_dtype: "uint16" or "uint32".
-      extras: how many extras the records of the build have.
+      extras: the dtypes of the extras that the records of the build have, "bool" or "uint8".
 
     Raises:
       ValueError: the record's size does not fit its number of tokens.
     """
     dtype = np.dtype(token_dtype).newbyteorder("<")
     n = int.from_bytes(record[:4], "little")
-    end = 4 + n * dtype.itemsize
-    if n == 0 or len(record) != end + (1 + extras) * ((n + 7) // 8):
+    kinds = ("bool", *extras)
+    ends = 4 + n * dtype.itemsize + np.cumsum([0, *(extra_bytes(n, kind) for kind in kinds)])
+    if n == 0 or len(record) != ends[-1]:
         raise ValueError(f"a record of {len(record)} bytes cannot hold a document of {n} {token_dtype} tokens")
     tokens = np.frombuffer(record, dtype, n, 4)
-    bits = np.frombuffer(record, np.uint8, offset=end).reshape(1 + extras, -1)
-    starts, *flags = np.unpackbits(bits, axis=1, count=n)
-    return tokens, np.cumsum(starts, dtype=np.int32) - 1, *(flag.astype(bool) for flag in flags)
+    parts = [np.frombuffer(record[begin:end], np.uint8) for begin, end in pairwise(ends.tolist())]
+    starts, *values = (
+        np.unpackbits(part, count=n).astype(bool) if kind == "bool" else part
+        for kind, part in zip(kinds, parts, strict=True)
+    )
+    return tokens, np.cumsum(starts, dtype=np.int32) - 1, *values
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

@@ -37,9 +37,9 @@ class Address(NamedTuple):
 class Stream:
     """The endless sequence of rows of one source.
 
-    Each epoch permutes the blocks, takes a few of them at a time, and permutes the rows of those; the documents of a
-    block are shuffled before they are packed. Rows per block are counted when they are first needed, eight bytes per
-    block, and only a few plans are kept.
+    Each epoch permutes the blocks, takes a few of them at a time, and permutes the rows of those (rows packed as a
+    stream keep their order); the documents of a block are shuffled before they are packed. Rows per block are counted
+    when they are first needed, eight bytes per block, and only a few plans are kept.
 
     Args:
       documents: how many documents there are.
@@ -81,13 +81,30 @@ class Stream:
             ends = self._epoch(epoch).ends
             group = bisect_right(ends, index) - 1
             row, rows = index - ends[group], ends[group + 1] - ends[group]
-            if self._key is not None:
+            if self._key is not None and self._packing != "stream":
                 row = index_shuffle(row, rows - 1, self._row_seed(epoch, group), 4)
             for block in self._group(epoch, group):
                 if row < self._count(block):
                     return Address(epoch, block, row)
                 row -= self._count(block)
             raise AssertionError("a group holds the rows of its blocks")
+
+    def follow(self, lane: int, lanes: int, step: int) -> Address:
+        """Where the row is that a lane reads at a step: rows in their order, each lane its own stretch of the epoch.
+
+        Raises:
+          ValueError: there are fewer rows than lanes.
+        """
+        if self._total is None:
+            self._total = self.rows()
+        total = self._total
+        epoch, place = divmod(step, max(total // lanes, 1))
+        if total < lanes:
+            raise ValueError(
+                f"these data make {total} rows and every step reads {lanes} streams of them: lower the batch size, "
+                f"shorten the rows or build more data"
+            )
+        return self.locate(epoch * total + lane * (total // lanes) + place)
 
     def plan(self, epoch: int, block: int) -> Plan:
         """The plan of a block in an epoch."""

@@ -36,6 +36,7 @@ def make_plan(packing: Packing, lengths_N: np.ndarray, length: int, order_N: np.
     """Pack documents into rows.
 
     - "concatenate": one stream of documents, cut every `length` tokens; only the last row of a block has padding.
+    - "stream": the same; its rows are read in their order.
     - "best_fit": documents are cut into pieces of at most `length`, and the pieces packed by best-fit decreasing
       (Ding et al. 2024, "Fewer Truncations Improve Language Modeling"); a document that fits is never cut.
     - "one_document": every row holds one document, or one piece of a document longer than a row.
@@ -58,7 +59,7 @@ def make_plan(packing: Packing, lengths_N: np.ndarray, length: int, order_N: np.
     documents = np.arange(len(lengths_N)) if order_N is None else order_N
     documents = documents[lengths_N[documents] > 0]
     lengths = lengths_N[documents]
-    if packing == "concatenate":
+    if packing in ("concatenate", "stream"):
         ends = np.cumsum(lengths)
         first_row = (ends - lengths) // length
         index, part = _ragged((ends - 1) // length - first_row + 1)
@@ -89,7 +90,7 @@ def count_rows(packing: Packing, lengths_N: np.ndarray, length: int) -> int:
     """
     _check(packing, length)
     lengths_N = np.asarray(lengths_N, np.int64)
-    if packing == "concatenate":
+    if packing in ("concatenate", "stream"):
         return -(-int(lengths_N.sum()) // length)
     if packing == "one_document":
         return int((-(-lengths_N // length)).sum())
@@ -99,7 +100,12 @@ def count_rows(packing: Packing, lengths_N: np.ndarray, length: int) -> int:
 
 
 def fill_rows(
-    rows: int, length: int, pad: int, row_P: np.ndarray, pieces: Sequence[tuple[np.ndarray, ...]], flags: int = 0
+    rows: int,
+    length: int,
+    pad: int,
+    row_P: np.ndarray,
+    pieces: Sequence[tuple[np.ndarray, ...]],
+    extras: Sequence[str] = (),
 ) -> tuple[np.ndarray, ...]:
     """Write pieces into rows of padding.
 
@@ -108,12 +114,12 @@ def fill_rows(
       length: tokens per row L.
       pad: token id of the padding.
       row_P: [P] row of each piece; the pieces of a row follow each other, in the order of their columns.
-      pieces: P times (tokens, sentence ids, flags...), each [tokens of the piece].
-      flags: how many flags a piece has.
+      pieces: P times (tokens, sentence ids, extras...), each [tokens of the piece].
+      extras: the dtypes of the extras that a piece has.
 
     Returns:
       tokens, segment ids (1, 2, ... per row, 0 = padding), positions and sentence ids (both restart at 0 in each
-      piece), each [R, L] int32; and the flags, [R, L] bool, True at padding.
+      piece), each [R, L] int32; and the extras, [R, L] of their dtype, 1 (True) at padding.
 
     >>> piece = lambda *tokens: (np.array(tokens), np.zeros(len(tokens), int))
     >>> tokens, segments, positions, *_ = fill_rows(2, 4, 0, np.array([0, 0]), [piece(7, 8), piece(9)])
@@ -122,9 +128,9 @@ def fill_rows(
     """
     arrays = np.zeros((4, rows * length), np.int32)
     arrays[0] = pad
-    marks = np.ones((flags, rows * length), bool)
+    values = [np.ones(rows * length, dtype) for dtype in extras]
     if pieces:
-        tokens, sentences, *marked = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+        tokens, sentences, *given = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
         sizes = np.array([len(piece[0]) for piece in pieces])
         ends = np.cumsum(sizes)
         begins = ends - sizes
@@ -137,23 +143,23 @@ def fill_rows(
         arrays[1, slots] = (np.arange(len(pieces)) - first_of_row + 1)[piece]
         arrays[2, slots] = position
         arrays[3, slots] = sentences - sentences[begins][piece]
-        for mark, values in zip(marks, marked, strict=True):
-            mark[slots] = values
-    return *arrays.reshape(4, rows, length), *marks.reshape(flags, rows, length)
+        for value, found in zip(values, given, strict=True):
+            value[slots] = found
+    return *arrays.reshape(4, rows, length), *(value.reshape(rows, length) for value in values)
 
 
 def cut_piece(
     document: tuple[np.ndarray, ...], start: int, size: int, prefix: np.ndarray, suffix: np.ndarray
 ) -> tuple[np.ndarray, ...]:
-    """Tokens, sentence ids and flags of `size` tokens from `start` of prefix + document + suffix.
+    """Tokens, sentence ids and extras of `size` tokens from `start` of prefix + document + suffix.
 
-    The prefix belongs to the first sentence and the suffix to the last; the flags of both are True.
+    The prefix belongs to the first sentence and the suffix to the last; the extras of both are 1 (True).
 
     >>> document = np.array([5, 6, 7]), np.array([0, 0, 1])
     >>> [a.tolist() for a in cut_piece(document, 2, 3, np.array([1]), np.array([2]))]
     [[6, 7, 2], [0, 1, 1]]
     """
-    tokens, sentence_ids, *flags = document
+    tokens, sentence_ids, *extras = document
     begin, end = start - len(prefix), start - len(prefix) + size
     if begin >= 0 and end <= len(tokens):
         return tuple(array[begin:end] for array in document)
@@ -162,7 +168,7 @@ def cut_piece(
     return (
         np.concatenate([before, tokens[inside], after]),
         np.concatenate([np.zeros(len(before), int), sentence_ids[inside], np.full(len(after), sentence_ids[-1])]),
-        *(np.concatenate([np.ones(len(before), bool), f[inside], np.ones(len(after), bool)]) for f in flags),
+        *(np.concatenate([np.ones(len(before), x.dtype), x[inside], np.ones(len(after), x.dtype)]) for x in extras),
     )
 
 

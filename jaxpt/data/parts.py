@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +18,13 @@ import numpy as np
 
 from jaxpt.data.corpus import read_prose
 from jaxpt.data.files import Piece, Unit, compressed, split_piece
+from jaxpt.data.gaps import encoded_gap_scores
 from jaxpt.data.infilling import cut_document, draw_cut
 from jaxpt.data.jobs import advance
-from jaxpt.data.manifest import encode_document, sha256
-from jaxpt.data.phrases import append_phrase_starts
-from jaxpt.data.sentences import Document, document_starts
-from jaxpt.data.text import Problem, read_piece
+from jaxpt.data.manifest import encode_document, extra_bytes, sha256
+from jaxpt.data.phrases import encoded_phrase_starts
+from jaxpt.data.sentences import Document, Texts, document_starts
+from jaxpt.data.text import Field, Item, Problem, read_piece
 from jaxpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxpt.data.train_tokenizer import Sample, chunked
 
@@ -31,7 +32,7 @@ EXAMPLES = 10  # problems of a kind that are kept in full
 SPLITS = ("train", "validation")
 COUNTS = ("documents", "tokens", "bytes", "sentences")
 PART_BYTES = (1 << 20, 64 << 20)  # the smallest and the largest part
-PHRASE_BYTES = 1 << 20  # of encoded documents whose phrases are marked together
+EXTRA_BYTES = 1 << 20  # of encoded documents whose extras are made together
 EXTRACTED = ".extracted"  # what prose extraction writes: JSON lines of [text, sentence ends]
 
 
@@ -41,23 +42,27 @@ class Part(NamedTuple):
     Args:
       number: its place in the order of the input.
       pieces: what it reads.
-      field: the field or column that holds the text.
+      field: the field or column that holds the text; or those of the texts of an example.
       unit: what a document of a text file is.
       work: the folder for what is made of it.
       validation: fraction of documents for validation.
       strict: refuse problems instead of counting them.
       infilling: share of documents cut for fill-in-the-middle, share of those with the suffix first, seed.
+      limits: of an example, the most tokens of each text; empty = any number.
+      cut: cut longer texts instead of leaving their examples out.
       tokenizer: digest of the tokenizer that `work` holds.
     """
 
     number: int
     pieces: tuple[Piece, ...]
-    field: str
+    field: Field
     unit: Unit
     work: str
     validation: float
     strict: bool
     infilling: tuple[float, float, int] = (0.0, 0.0, 0)
+    limits: tuple[int, ...] = ()
+    cut: bool = False
     tokenizer: str = ""
 
 
@@ -84,7 +89,7 @@ def _weight(piece: Piece) -> int:
     return piece.size * (4 if compressed(piece.name) else 1)
 
 
-def documents(part: Part) -> Iterator[tuple[Piece, Document | Problem]]:
+def documents(part: Part) -> Iterator[tuple[Piece, Item]]:
     """What is read from a part, in order.
 
     Raises:
@@ -133,7 +138,7 @@ def sample_part(job: SampleJob) -> list[str]:
     sample = Sample(job.budget)
     seen = 0
     for _, item in documents(job.part._replace(strict=False)):
-        if isinstance(item, Document):
+        if not isinstance(item, Problem):
             for chunk in chunked(item.text):
                 sample.add(chunk)
             seen += len(item.text)
@@ -181,19 +186,24 @@ def encode_part(part: Part) -> dict[str, Any]:
     hashes: list[int] = []
     unigram = np.zeros(tokenizer.size, np.int64)
     problems: dict[str, dict[str, Any]] = {}
+    cut = 0
     counts = {split: dict.fromkeys(COUNTS, 0) for split in SPLITS}
     lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
     train_file, validation_file = (part_file(Path(part.work), part.number, split) for split in SPLITS)
     with train_file.open("wb") as train, validation_file.open("wb") as validation:
         for piece, item in documents(part):
-            encoded = _encode(tokenizer, item, part.infilling) if isinstance(item, Document) else item
+            if isinstance(item, Texts):
+                encoded = _encode_texts(tokenizer, item, part.limits, part.cut)
+                cut += not isinstance(encoded, Problem) and len(encoded[0]) < encoded[3]
+            else:
+                encoded = _encode(tokenizer, item, part.infilling) if isinstance(item, Document) else item
             if isinstance(encoded, Problem):
                 entry = problems.setdefault(encoded.reason, {"count": 0, "examples": []})
                 entry["count"] += 1
                 if len(entry["examples"]) < EXAMPLES:
                     entry["examples"].append(f"{piece.name}: {encoded}")
                 continue
-            tokens, starts, data = encoded
+            tokens, starts, data, *_ = encoded
             hashes.append(content_hash(data))
             split = "validation" if hashes[-1] < int(part.validation * 2.0**64) else "train"
             (train if split == "train" else validation).write(encode_document(tokens, starts))
@@ -207,7 +217,9 @@ def encode_part(part: Part) -> dict[str, Any]:
         np.savez(file, hashes=np.array(hashes, np.uint64), unigram=unigram, **arrays)
     sources = [piece for piece in part.pieces if piece.start == 0 and not piece.name.endswith(EXTRACTED)]
     digests = {piece.name: sha256(piece.path) for piece in sources}
-    result = {"splits": counts, "problems": problems, "digests": digests}
+    digests |= {path: sha256(path) for piece in sources for path in piece.beside}
+    longest = max((max(of_split, default=0) for of_split in lengths.values()), default=0)
+    result = {"splits": counts, "problems": problems, "digests": digests, "longest": longest, "cut": cut}
     temporary = base.with_suffix(".tmp")
     temporary.write_text(json.dumps(result))
     temporary.replace(finished)
@@ -232,6 +244,24 @@ def _encode(
     return tokens.astype(token_dtype(tokenizer)), starts, document.text.encode()
 
 
+def _encode_texts(
+    tokenizer: Tokenizer, example: Texts, limits: tuple[int, ...], cut: bool
+) -> tuple[np.ndarray, np.ndarray, bytes, int] | Problem:
+    """Tokens [n], text starts [n] bool, all texts in UTF-8, and how many tokens there were before some were cut."""
+    texts = [tokenizer.encode(text)[0] for text in example.texts]
+    empty = next((text for text, tokens in zip(example.texts, texts, strict=True) if not len(tokens)), None)
+    if empty is not None:
+        return Problem("example", "a text without tokens", empty[:40])
+    whole = sum(map(len, texts))
+    if limits:
+        long = [len(tokens) > limit for tokens, limit in zip(texts, limits, strict=True)]
+        if any(long) and not cut:
+            return Problem("example", "longer than --text-tokens", example.texts[long.index(True)][:40])
+        texts = [tokens[:limit] for tokens, limit in zip(texts, limits, strict=True)]
+    starts = np.concatenate([np.arange(len(tokens)) == 0 for tokens in texts])
+    return np.concatenate(texts).astype(token_dtype(tokenizer)), starts, example.text.encode(), whole
+
+
 def part_file(work: Path, part: int, split: str) -> Path:
     """The file of the encoded documents of a part and split."""
     return work / f"part-{part:05d}-{split}.bin"
@@ -248,11 +278,11 @@ class ShardJob(NamedTuple):
     ranges: tuple[tuple[int, int, int], ...]
     work: str
     token_dtype: str
-    phrases: bool
+    extras: dict[str, str]  # name -> dtype, in the order of the records
 
 
 def plan_shards(
-    part_count: int, work: Path, token_dtype: str, phrases: bool, shard_bytes: int, shard_documents: int
+    part_count: int, work: Path, token_dtype: str, extras: dict[str, str], shard_bytes: int, shard_documents: int
 ) -> list[ShardJob]:
     """Cut the documents of all parts, in order, into shards of at most so many bytes and documents."""
     jobs = []
@@ -260,7 +290,7 @@ def plan_shards(
         ranges: list[tuple[int, int, int]] = []
         index = filled = count = 0
         for part in range(part_count):
-            sizes = _record_bytes(_lengths(work, part, split), token_dtype, int(phrases))
+            sizes = _record_bytes(_lengths(work, part, split), token_dtype, extras)
             start = 0
             while start < len(sizes):
                 ends = np.cumsum(sizes[start:])
@@ -273,11 +303,11 @@ def plan_shards(
                     filled += int(ends[stop - start - 1])
                     count += stop - start
                 if stop < len(sizes):
-                    jobs.append(ShardJob(split, index, tuple(ranges), str(work), token_dtype, phrases))
+                    jobs.append(ShardJob(split, index, tuple(ranges), str(work), token_dtype, extras))
                     ranges, index, filled, count = [], index + 1, 0, 0
                 start = stop
         if ranges:
-            jobs.append(ShardJob(split, index, tuple(ranges), str(work), token_dtype, phrases))
+            jobs.append(ShardJob(split, index, tuple(ranges), str(work), token_dtype, extras))
     return jobs
 
 
@@ -286,9 +316,9 @@ def _lengths(work: Path, part: int, split: str) -> np.ndarray:
         return arrays[split]
 
 
-def _record_bytes(lengths: np.ndarray, token_dtype: str, extras: int = 0) -> np.ndarray:
-    lengths = lengths.astype(np.int64)
-    return 4 + lengths * np.dtype(token_dtype).itemsize + (1 + extras) * ((lengths + 7) // 8)
+def _record_bytes(lengths: np.ndarray, token_dtype: str, extras: Mapping[str, str] = {}) -> np.ndarray:
+    n = lengths.astype(np.int64)
+    return 4 + n * np.dtype(token_dtype).itemsize + sum(extra_bytes(n, kind) for kind in ("bool", *extras.values()))
 
 
 def _records(job: ShardJob) -> Iterator[bytes]:
@@ -302,17 +332,24 @@ def _records(job: ShardJob) -> Iterator[bytes]:
                 advance(int(size))
 
 
-def _with_phrases(job: ShardJob) -> Iterator[bytes]:
+_EXTRAS = {"gap_scores": encoded_gap_scores, "phrase_starts": encoded_phrase_starts}
+
+
+def _with_extras(job: ShardJob) -> Iterator[bytes]:
+    def extend(records: list[bytes]) -> Iterator[bytes]:
+        found = [_EXTRAS[name](records, job.token_dtype, Path(job.work)) for name in job.extras]
+        return map(b"".join, zip(records, *found, strict=True))
+
     records: list[bytes] = []
     size = 0
     for record in _records(job):
         records.append(record)
         size += len(record)
-        if size > PHRASE_BYTES:
-            yield from append_phrase_starts(records, job.token_dtype, Path(job.work))
+        if size > EXTRA_BYTES:
+            yield from extend(records)
             records, size = [], 0
     if records:
-        yield from append_phrase_starts(records, job.token_dtype, Path(job.work))
+        yield from extend(records)
 
 
 def write_shard(job: ShardJob) -> dict[str, Any]:
@@ -328,7 +365,7 @@ def write_shard(job: ShardJob) -> dict[str, Any]:
     shard, lengths_file = work / f"{name}.array_record", work / f"{name}.lengths.npy"
     # one record per group: a reader that jumps about decodes no more than it asked for
     writer = ArrayRecordWriter(str(shard), "group_size:1,uncompressed")
-    for record in _with_phrases(job) if job.phrases else _records(job):
+    for record in _with_extras(job) if job.extras else _records(job):
         writer.write(record)
     writer.close()
     lengths = np.concatenate([_lengths(work, part, job.split)[first:last] for part, first, last in job.ranges])

@@ -30,6 +30,7 @@ TABLE = 1 << 25  # n-grams that are counted exactly, at most
 FREQUENT = 255  # the highest count that a shared counter reaches
 
 SKETCH, GRAMS, LOG_P, TABLES, PHRASES = "sketch.npy", "grams.npy", "log_p.npy", "words.npy", "phrases.npy"
+SPELLINGS = "spellings.npy"
 SCORE = np.dtype([("gram", np.uint64), ("pmi", np.float32), ("n", np.uint8)])
 
 
@@ -43,6 +44,21 @@ class PassJob(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------- words and n-grams
+
+
+def save_word_tables(tokenizer: Tokenizer, work: Path) -> None:
+    """Write which tokens start a word and which hold a letter or a digit, [2, V] bool, and which spell alike.
+
+    Tokens spell alike where their text differs in case and outer space only: [V] i32, a number for each spelling, -1
+    for space alone.
+    """
+    texts = [tokenizer.decode([i]) for i in range(tokenizer.size)]
+    letters = [any(c.isalnum() or c == "\ufffd" for c in text) for text in texts]
+    np.save(work / TABLES, np.array([tokenizer.starts_word, letters]))
+    bare = [text.strip().casefold() for text in texts]
+    whole = [text if "\ufffd" not in text else f"\ufffd{i}" for i, text in enumerate(bare)]  # a byte of a character
+    spellings = np.unique(whole, return_inverse=True)[1].astype(np.int32)
+    np.save(work / SPELLINGS, np.where([bool(text) for text in bare], spellings, -1))
 
 
 class Words(NamedTuple):
@@ -240,8 +256,6 @@ def find_phrases(
     """
     if (work / PHRASES).exists():
         return
-    letters = [any(c.isalnum() or c == "\ufffd" for c in tokenizer.decode([i])) for i in range(tokenizer.size)]
-    np.save(work / TABLES, np.array([tokenizer.starts_word, letters]))
     total = sum(file.stat().st_size for file in files)
     grams = LONGEST * total // np.dtype(token_dtype).itemsize
     bits = min(max(int(grams).bit_length(), SKETCH_BITS[0]), SKETCH_BITS[1])
@@ -348,11 +362,11 @@ def phrase_starts(
     return marks
 
 
-def append_phrase_starts(records: Sequence[bytes], token_dtype: str, work: Path) -> list[bytes]:
-    """Encoded documents with their phrase starts."""
+def encoded_phrase_starts(records: Sequence[bytes], token_dtype: str, work: Path) -> list[bytes]:
+    """The phrase starts of encoded documents, a bit per token."""
     tables, phrases = np.load(work / TABLES), np.load(work / PHRASES, mmap_mode="r")
     documents = [decode_document(record, token_dtype) for record in records]
     tokens = np.concatenate([tokens for tokens, _ in documents])
     starts = np.concatenate([np.diff(sentences, prepend=-1) > 0 for _, sentences in documents])
     marks = np.split(phrase_starts(tokens, starts, tables, phrases), np.cumsum([len(d[0]) for d in documents])[:-1])
-    return [record + np.packbits(mark).tobytes() for record, mark in zip(records, marks, strict=True)]
+    return [np.packbits(mark).tobytes() for mark in marks]

@@ -1,6 +1,6 @@
 """From token shards to batches: a batch is a pure function of (seed, step), so the data position is the step.
 
-step -> phase -> slot of the phase -> source and row number (Mixture) -> epoch, block, row (Stream)
+step -> phase -> kind of the row, slot of the kind -> source and row number (Mixture) -> epoch, block, row (Stream)
      -> pieces of documents (Plan) -> tokens (Documents) -> Batch
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxpt.data.manifest import Manifest
 from jaxpt.data.order import Address, Mixture
-from jaxpt.data.reader import DOCUMENT_IDS, SourceReader, read_ahead, read_batch
+from jaxpt.data.reader import DOCUMENT_IDS, open_readers, read_ahead, read_batch
 from jaxpt.types import Batch, RowSpec, Vocab
 
 Indices = slice | Sequence[int] | np.ndarray
@@ -71,6 +71,7 @@ class Pipeline:
 
     def __init__(self, phases: Sequence[Phase], rows: RowSpec, seed: int, split: str = "train"):
         _check_phases(phases)
+        _check_stream(phases, rows)
         if not 0 <= seed < 1 << 64:
             raise ValueError(f"the data seed is {seed}: choose one from 0 to 2**64 - 1")
         self._phases, self._rows, self._seed, self._split = tuple(phases), rows, seed, split
@@ -80,12 +81,12 @@ class Pipeline:
         self.vocab: Vocab = _load_vocab([self._manifests[source.path] for source in phases[0].sources])
         self.tokenizer: str = self._manifests[paths[0]].tokenizer["sha256"]
         self._readers = [
-            [
-                SourceReader(self._manifests[source.path], split, rows, phase.length, (seed, i << 32 | k))
-                for k, source in enumerate(phase.sources)
-            ]
+            open_readers(
+                [self._manifests[source.path] for source in phase.sources], split, rows, phase.length, (seed, i << 32)
+            )
             for i, phase in enumerate(phases)
         ]
+        self._kinds = [rows.kind_ranges(phase.batch_size) for phase in phases]
 
     def phase_at(self, step: int) -> Phase:
         """The phase that `step` belongs to."""
@@ -104,10 +105,16 @@ class Pipeline:
         index = self._phase_index(step)
         phase = self._phases[index]
         row_ids = np.arange(phase.batch_size, dtype=np.uint32)[rows(phase.batch_size) if callable(rows) else rows]
-        first = (step - phase.from_step) * phase.batch_size
-        picks = [self._mixtures[index].pick(first + int(row)) for row in row_ids]
-        readers = self._readers[index]
-        wanted = [(k, readers[k].stream.locate(number)) for k, number in picks]
+        readers, wanted = self._readers[index], []
+        for row in row_ids.tolist():
+            kind, own = next((kind, own) for kind, own in enumerate(self._kinds[index]) if row < own.stop)
+            if self._rows.packing == "stream":
+                wanted.append((0, readers[0].stream.follow(row, phase.batch_size, step - phase.from_step)))
+                continue
+            slot = (step - phase.from_step) * (own.stop - own.start) + row - own.start
+            k, number = self._mixtures[index].pick(slot)
+            k += kind * len(phase.sources)
+            wanted.append((k, readers[k].stream.locate(number)))
         return read_batch(readers, wanted, row_ids, self.vocab.pad)
 
     def batches(self, start: int, stop: int | None = None, rows: Rows = slice(None)) -> Iterator[Batch]:
@@ -138,9 +145,14 @@ class Pipeline:
                         for source in phase.sources
                     ],
                 }
+                | self._kinds_of(phase)
                 for phase in self._phases
             ],
         }
+
+    def _kinds_of(self, phase: Phase) -> dict[str, Any]:
+        kinds = [[kind.share, kind.raw_length(phase.length)] for kind in self._rows.kinds]
+        return {"kinds": kinds} if kinds else {}
 
     def _phase_index(self, step: int) -> int:
         if step < 0:
@@ -222,8 +234,10 @@ def held_out(
     _check_phases([Phase(0, tuple(sources), length, batch_size)])
     if limit_rows is not None and limit_rows < 1:
         raise ValueError(f"{limit_rows} held-out rows measure nothing: ask for at least 1, or None for all")
+    if rows.kinds:
+        raise ValueError("held-out rows are of one kind: for_evaluation() must give an objective without RowSpec.kinds")
     manifests = _load_manifests([source.path for source in sources], rows)
-    readers = [SourceReader(manifests[source.path], split, rows, length, None) for source in sources]
+    readers = open_readers([manifests[source.path] for source in sources], split, rows, length, None)
     ends = [0]
     for reader in readers:
         ends.append(ends[-1] + reader.stream.rows(None if limit_rows is None else limit_rows - ends[-1]))
@@ -264,6 +278,15 @@ def _check_phases(phases: Sequence[Phase]) -> None:
                 raise ValueError(f"the weight of {source.path} is {source.weight}: it must be positive")
 
 
+def _check_stream(phases: Sequence[Phase], rows: RowSpec) -> None:
+    for phase in phases:
+        if rows.packing == "stream" and (len(phase.sources) > 1 or rows.kinds):
+            raise ValueError(
+                f"the data phase from step {phase.from_step} mixes rows, and rows packed as a stream go on where those "
+                f"of the step before ended: give it one data build, or another packing"
+            )
+
+
 def _load_manifests(paths: Sequence[str], rows: RowSpec) -> dict[str, Manifest]:
     """The manifests by path; they must share their tokenizer and have the fields that the objective reads."""
     manifests = {path: Manifest.load(path) for path in dict.fromkeys(paths)}
@@ -275,14 +298,25 @@ def _load_manifests(paths: Sequence[str], rows: RowSpec) -> dict[str, Manifest]:
                 f"({first.tokenizer['sha256'][:12]}... and {manifest.tokenizer['sha256'][:12]}...): build one of them "
                 f"again with the other's, `jaxpt data build {path} --tokenizer {paths[0]}/{first.tokenizer['file']}`"
             )
+        found, wanted = len(manifest.vocab["sentinels"]), len(first.vocab["sentinels"])
+        if found != wanted:
+            raise ValueError(
+                f"{paths[0]} has {wanted} sentinel tokens and {path} has {found}: build one of them again with as many "
+                f"as the other has, `jaxpt data build {path} --sentinels {wanted}`"
+            )
         for name in rows.fields:
             if name not in manifest.extras and name != DOCUMENT_IDS:
-                remedy = "--phrases" if name == "phrase_starts" else "that field"
+                remedy = {"phrase_starts": "--phrases", "gap_scores": "--gap-scores"}.get(name, "that field")
                 raise ValueError(
                     f"the objective reads the field {name!r} and the data in {path} does not have it (it has: "
                     f"{', '.join(sorted(manifest.extras)) or 'none'}): build the data again with {remedy}, in another "
                     f"folder, or choose an objective that does not need it"
                 )
+        if manifest.texts.get("count", 0) < rows.texts:
+            raise ValueError(
+                f"the objective reads examples of {rows.texts} texts and the data in {path} are documents: build pairs "
+                f"with `jaxpt data build {path} --input FILES --fields source target` or `--aligned FILE FILE`"
+            )
     return manifests
 
 

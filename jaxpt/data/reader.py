@@ -20,17 +20,18 @@ PREFETCHED = 8  # batches that wait in memory for the step
 
 
 class SourceReader:
-    """One source of one phase: its documents and the order of its rows."""
+    """Rows of one kind of one source of one phase: the documents and the order of the rows.
 
-    def __init__(self, manifest: Manifest, split: str, rows: RowSpec, length: int, key: tuple[int, int] | None):
-        self.length = rows.tokens(length)
-        if self.length < 1:
-            raise ValueError(
-                f"a row of length {length} keeps {self.length} tokens of text, since the objective reserves the rest: "
-                f"raise the sequence length"
-            )
-        stored = [name for name in rows.fields if name != DOCUMENT_IDS]
-        self.documents = Documents(manifest, split, keep_above=self.length, fields=stored)
+    Args:
+      source: its place among the sources of the phase.
+      documents: of the source.
+      rows: how documents become rows, of one kind.
+      length: tokens of a row.
+      key: two numbers below 2**64 that name the order; None for the documents' own.
+    """
+
+    def __init__(self, source: int, documents: Documents, rows: RowSpec, length: int, key: tuple[int, int] | None):
+        self.source, self.documents, self.length = source, documents, length
         self.fields = rows.fields
         self.prefix, self.suffix = np.array(rows.prefix, np.int32), np.array(rows.suffix, np.int32)
         added = len(rows.prefix) + len(rows.suffix)
@@ -42,10 +43,49 @@ class SourceReader:
         self.stream = Stream(len(self.documents), lengths, rows.packing, self.length, key)
 
 
+def open_readers(
+    manifests: Sequence[Manifest], split: str, rows: RowSpec, length: int, key: tuple[int, int] | None
+) -> list[SourceReader]:
+    """Open the sources of a phase: one reader per kind of rows and source, all sources of the first kind first.
+
+    Args:
+      manifests: of the sources.
+      split: "train" or "validation".
+      rows: how documents become rows.
+      length: the model's tokens per row.
+      key: two numbers that name the random streams of the phase, the second a multiple of 2**32 below 2**48; None
+        for the documents' own order.
+
+    Raises:
+      ValueError: there is no room for text in a row, or nothing to read in a source.
+    """
+    lengths = [kind.tokens(length) for kind in rows.each_kind()]
+    if min(lengths) < 1:
+        raise ValueError(
+            f"a row of length {length} keeps {min(lengths)} tokens of text, since the objective reserves the rest: "
+            f"raise the sequence length"
+        )
+    added = len(rows.prefix) + len(rows.suffix)
+    for manifest in manifests if rows.texts else ():
+        if manifest.texts["longest"] + added > min(lengths):
+            raise ValueError(
+                f"the longest example of {manifest.path} has {manifest.texts['longest']} tokens, and a row holds "
+                f"{min(lengths) - added} of them: build the data again with --text-tokens, which leaves out or cuts "
+                f"what is too long, or raise the sequence length"
+            )
+    stored = [name for name in rows.fields if name != DOCUMENT_IDS]
+    documents = [Documents(manifest, split, keep_above=min(lengths), fields=stored) for manifest in manifests]
+    return [
+        SourceReader(k, found, spec, tokens, key and (key[0], kind << 48 | key[1] | k))
+        for kind, (spec, tokens) in enumerate(zip(rows.each_kind(), lengths, strict=True))
+        for k, found in enumerate(documents)
+    ]
+
+
 def read_batch(
     readers: Sequence[SourceReader], wanted: Sequence[tuple[int, Address] | None], row_ids: np.ndarray, pad: int
 ) -> Batch:
-    """Read and lay out some rows: `wanted` says the source and the address of each, None for a filler row."""
+    """Read and lay out some rows: `wanted` says the reader and the address of each, None for a filler row."""
     pieces: list[Any] = [()] * len(wanted)  # by row: its pieces
     owners: list[Any] = [()] * len(wanted)  # by row: the documents that they are of
     by_block = sorted((k, address.epoch, address.block, r, address.row) for r, (k, address) in _present(wanted))
@@ -62,16 +102,20 @@ def read_batch(
         indices = sorted({document for _, cut in cuts for document, _, _ in cut})
         texts = dict(zip(indices, reader.documents.read(indices), strict=True))
         for r, cut in cuts:
-            owners[r] = [k << 28 ^ d for d, _, _ in cut]
+            owners[r] = [reader.source << 28 ^ d for d, _, _ in cut]
             pieces[r] = [cut_piece(texts[d], start, size, reader.prefix, reader.suffix) for d, start, size in cut]
     row_P = np.repeat(np.arange(len(wanted)), [len(of_row) for of_row in pieces])
     flat = [piece for of_row in pieces for piece in of_row]
     fields = readers[0].fields
-    stored = len(fields) - (DOCUMENT_IDS in fields)
-    tokens, segment_ids, positions, sentence_ids, *flags = fill_rows(
-        len(wanted), readers[0].length, pad, row_P, flat, stored
+    dtypes = {name: readers[0].documents.dtypes[name] for name in fields if name != DOCUMENT_IDS}
+    width = max(reader.length for reader in readers)
+    tokens, segment_ids, positions, sentence_ids, *values = fill_rows(
+        len(wanted), width, pad, row_P, flat, list(dtypes.values())
     )
-    extras: dict[str, Any] = dict(zip((name for name in fields if name != DOCUMENT_IDS), flags, strict=True))
+    extras: dict[str, Any] = {
+        name: value if value.dtype == bool else value.astype(np.float32) / 255
+        for name, value in zip(dtypes, values, strict=True)
+    }
     if DOCUMENT_IDS in fields:
         table = np.array([document for of_row in owners for document in of_row] or [0], np.int64)
         first = np.searchsorted(row_P, np.arange(len(wanted)))[:, None]
@@ -83,7 +127,7 @@ def read_batch(
         "positions": positions,
         "sentence_ids": sentence_ids,
         "row_ids": row_ids,
-        "source_ids": np.array([0 if item is None else item[0] for item in wanted], np.int32),
+        "source_ids": np.array([0 if item is None else readers[item[0]].source for item in wanted], np.int32),
         "valid": np.array([item is not None for item in wanted], np.float32),
     }
     return Batch(**arrays, extras=extras)

@@ -21,6 +21,17 @@ class Document(NamedTuple):
     ends: tuple[int, ...] | None = None
 
 
+class Texts(NamedTuple):
+    """The texts of one example, a source and a target: each is encoded by itself, and numbered as a sentence."""
+
+    texts: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """All of them, one after the other."""
+        return "\n".join(self.texts)
+
+
 _CLOSERS = "\"'”’»)\\]」』）】》〉〕"
 _OPENERS = "\"'“‘«([「『（【《〈〔¿¡"
 # Possessive quantifiers keep this linear in a text of a million dots, closing brackets or spaces.

@@ -16,7 +16,7 @@ from etils import epath
 
 from jaxpt.data.manifest import Manifest, check_digest, decode_document, is_local, sha256
 
-Document = tuple[np.ndarray, ...]  # tokens [n], sentence ids [n], and the extras that are read, [n] bool each
+Document = tuple[np.ndarray, ...]  # tokens [n], sentence ids [n], and the extras that are read, [n] each
 
 OPEN_DOCUMENTS = 1 << 19  # an open shard costs about 40 bytes of index per document, so only recent ones stay open
 OPEN_SHARDS = 8
@@ -47,6 +47,7 @@ class Documents:
                 + ", or leave it out of the sources"
             )
         self._manifest, self._shards, self._keep_above = manifest, found.shards, keep_above
+        self.dtypes = manifest.extras
         self._fields = [2 + list(manifest.extras).index(name) for name in fields]  # their places in a document
         self._starts = np.concatenate([[0], np.cumsum([shard.documents for shard in found.shards])])
         self._readers: OrderedDict[int, array_record_module.ArrayRecordReader] = OrderedDict()
@@ -89,7 +90,7 @@ class Documents:
                 of_shard = missing[shards == shard]
                 records = self._reader(int(shard)).read((of_shard - self._starts[shard]).tolist())
                 for index, record in zip(of_shard.tolist(), records, strict=True):
-                    document = decode_document(record, self._manifest.token_dtype, len(self._manifest.extras))
+                    document = decode_document(record, self._manifest.token_dtype, self._manifest.extras.values())
                     found[index] = (*document[:2], *(document[place] for place in self._fields))
             for index, document in found.items():
                 self._keep(index, document)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from itertools import zip_longest
 from typing import IO, Any, NamedTuple
 
 from etils import epath
 
 from jaxpt.data.files import DAMAGE, Piece, Unit, open_piece
-from jaxpt.data.sentences import Document, join_sentences
+from jaxpt.data.sentences import Document, Texts, join_sentences
 
 LONGEST = 64 << 20  # bytes of a document read from a text file; a longer file is cut at line ends
 
@@ -28,22 +30,31 @@ class Problem(NamedTuple):
         return f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 
+Item = Document | Texts | Problem
+Field = str | tuple[str, ...]  # of a document; of each text of an example
+
+
 def read_piece(
-    piece: Piece, field: str = "text", unit: Unit = "file", progress: Callable[[int], Any] = lambda n: None
-) -> Iterator[Document | Problem]:
+    piece: Piece, field: Field = "text", unit: Unit = "file", progress: Callable[[int], Any] = lambda n: None
+) -> Iterator[Item]:
     """Read the documents of a piece.
 
     Args:
       piece: what to read.
       field: the field of JSON lines or the column of Parquet; dots descend ("meta.body"). A list of strings is
-        taken as the sentences of the document.
+        taken as the sentences of the document. Several fields are the texts of one example.
       unit: what a document of a plain text file is.
       progress: told the number of stored bytes as they are read.
+
+    Raises:
+      ValueError: line-aligned files have different numbers of lines.
     """
     found = piece.start > 0
     try:
         if piece.format == "parquet":
             items = _read_parquet(piece, field, progress)
+        elif piece.beside:
+            items = _read_aligned(piece, progress)
         else:
             items = _read_stream(piece, field, unit, progress)
         for item in items:
@@ -55,7 +66,7 @@ def read_piece(
         yield Problem("file", "not readable", str(error))
 
 
-def _read_stream(piece: Piece, field: str, unit: Unit, progress: Callable[[int], Any]) -> Iterator[Document | Problem]:
+def _read_stream(piece: Piece, field: Field, unit: Unit, progress: Callable[[int], Any]) -> Iterator[Item]:
     with open_piece(piece, progress) as stream:
         if piece.format == "text" and unit == "file":
             yield from _read_files(stream)
@@ -112,7 +123,7 @@ def check(document: Document, where: str) -> Document | Problem:
 # --------------------------------------------------------- lines: JSON lines, FASTA, paragraphs, lines
 
 
-def _read_lines(stream: IO[bytes], piece: Piece, field: str, unit: Unit) -> Iterator[Document | Problem]:
+def _read_lines(stream: IO[bytes], piece: Piece, field: Field, unit: Unit) -> Iterator[Item]:
     """Line by line; only a newline ends a line (JSON records may hold U+2028)."""
     kind = unit if piece.format == "text" else piece.format
     begins = {"fasta": lambda line: line.startswith(b">"), "paragraph": lambda line: not line.strip()}.get(
@@ -189,7 +200,7 @@ def _blocks(lines: Iterator[tuple[str, int, bytes]], fasta: bool) -> Iterator[Do
     yield from finish()
 
 
-def _json_document(line: bytes, position: int, where: str, field: str) -> Document | Problem:
+def _json_document(line: bytes, position: int, where: str, field: Field) -> Item:
     try:
         record = json.loads(line.decode("utf-8-sig" if position == 0 else "utf-8"))
     except UnicodeDecodeError as error:
@@ -199,8 +210,22 @@ def _json_document(line: bytes, position: int, where: str, field: str) -> Docume
     return _from_record(record, field, where)
 
 
-def _from_record(record: Any, field: str, where: str) -> Document | Problem:
-    """The document in a record's field, as a string or a list of sentences."""
+def _from_record(record: Any, field: Field, where: str) -> Item:
+    """The document in a record's field, as a string or a list of sentences; or the texts in several fields."""
+    if isinstance(field, tuple):
+        return _together([_document_of(record, name, where) for name in field])
+    return _document_of(record, field, where)
+
+
+def _together(items: list[Document | Problem]) -> Texts | Problem:
+    """The texts of one example, or the first thing that is wrong with one of them."""
+    documents = [item for item in items if isinstance(item, Document)]
+    if len(documents) == len(items):
+        return Texts(tuple(document.text for document in documents))
+    return next(item for item in items if isinstance(item, Problem))
+
+
+def _document_of(record: Any, field: str, where: str) -> Document | Problem:
     value = record
     if isinstance(record, dict) and field in record:
         value = record[field]
@@ -208,7 +233,9 @@ def _from_record(record: Any, field: str, where: str) -> Document | Problem:
         for key in field.split("."):
             if not isinstance(value, dict) or key not in value:
                 known = ", ".join(map(repr, record)) if isinstance(record, dict) else f"a {type(record).__name__}"
-                return Problem(where, f"no field {field!r}", f"there is {known[:200]}; choose with --field")
+                return Problem(
+                    where, f"no field {field!r}", f"there is {known[:200]}; choose with --field (or --fields)"
+                )
             value = value[key]
     if isinstance(value, str):
         return check(Document(value), where)
@@ -217,10 +244,33 @@ def _from_record(record: Any, field: str, where: str) -> Document | Problem:
     return Problem(where, f"field {field!r} is not text", f"it is a {type(value).__name__}")
 
 
+# ------------------------------------------------------------------------------------------- aligned files
+
+
+def _read_aligned(piece: Piece, progress: Callable[[int], Any]) -> Iterator[Texts | Problem]:
+    """The lines of several files, those of one number together."""
+    paths = (piece.path, *piece.beside)
+    number = 0
+    with ExitStack() as stack:
+        streams = [stack.enter_context(open_piece(piece._replace(path=path, name=path), progress)) for path in paths]
+        try:
+            for number, lines in enumerate(zip_longest(*streams), 1):
+                if None in lines:
+                    ended = ", ".join(path for path, line in zip(paths, lines, strict=True) if line is None)
+                    raise ValueError(
+                        f"{' and '.join(paths)} are not aligned: line {number} is behind the end of {ended}; they must "
+                        f"have as many lines"
+                    )
+                bare = [line.removesuffix(b"\n").removesuffix(b"\r") for line in lines]
+                yield _together([_plain(line, 0, f"line {number}", bom=number == 1) for line in bare])
+        except DAMAGE as error:
+            yield Problem(f"after line {number}", "truncated or damaged archive", str(error))
+
+
 # ------------------------------------------------------------------------------------------- Parquet
 
 
-def _read_parquet(piece: Piece, field: str, progress: Callable[[int], Any]) -> Iterator[Document | Problem]:
+def _read_parquet(piece: Piece, field: Field, progress: Callable[[int], Any]) -> Iterator[Item]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -229,21 +279,27 @@ def _read_parquet(piece: Piece, field: str, progress: Callable[[int], Any]) -> I
         with epath.Path(piece.path).open("rb") as raw:
             file = pq.ParquetFile(raw)
             names = file.schema_arrow.names
-            column = field if field in names else field.split(".")[0]
-            if column not in names:
-                yield Problem("file", f"no field {field!r}", f"there is {', '.join(names)}; choose with --field")
+            wanted = field if isinstance(field, tuple) else (field,)
+            columns = [name if name in names else name.split(".")[0] for name in wanted]
+            missing = [name for name, column in zip(wanted, columns, strict=True) if column not in names]
+            if missing:
+                there = f"there is {', '.join(names)}; choose with --field (or --fields)"
+                yield Problem("file", f"no field {missing[0]!r}", there)
                 return
             end = file.num_row_groups if piece.end is None else piece.end
             row = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
             for group in range(piece.start, end):
-                for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=[column]):
+                for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=columns):
                     for record in batch.to_pylist():
                         row += 1
                         where = f"row {row}"
-                        if isinstance(record[column], bytes):
-                            yield _plain(record[column], 0, where, bom=False)
-                        else:
-                            yield _from_record(record, field, where)
+                        items = [
+                            _plain(record[column], 0, where, bom=False)
+                            if isinstance(record[column], bytes)
+                            else _document_of(record, name, where)
+                            for name, column in zip(wanted, columns, strict=True)
+                        ]
+                        yield _together(items) if isinstance(field, tuple) else items[0]
                 progress(piece.size // max(file.num_row_groups, 1))
     except (pa.ArrowException, OSError) as error:
         yield Problem(f"after {where}", "truncated or damaged Parquet file", str(error).splitlines()[0])

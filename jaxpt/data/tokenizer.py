@@ -1,7 +1,7 @@
 """Tokenizers behind one interface: token ids with character offsets, and what objectives ask of a vocabulary.
 
 SentencePiece models, plain bytes, Hugging Face `tokenizer.json` and WordPiece `vocab.txt`. Special tokens that a
-vocabulary lacks (padding, begin, end, CLS, SEP, MASK and 100 sentinels) are added behind it, so that every
+vocabulary lacks (padding, begin, end, CLS, SEP, MASK and 100 sentinels, or more) are added behind it, so that every
 objective finds them; text is never encoded to a special token, whatever it says.
 """
 
@@ -145,6 +145,8 @@ def _build(
     control: Sequence[int],
     starts: Sequence[bool] | None = None,
     named: Sequence[int] | None = None,
+    sentinels: int = SENTINELS,
+    options: Mapping[str, str] | None = None,
     **rest: Any,
 ) -> Tokenizer:
     """A Tokenizer from its vocabulary.
@@ -156,11 +158,14 @@ def _build(
       control: further ids that stand for no text.
       starts: whether they start words, where the texts do not say it.
       named: ids among which special tokens are found by name; None for all.
+      sentinels: how many there must be at least.
+      options: what it takes to load it again, beside their number.
       rest: fields of the Tokenizer.
     """
-    special, sentinels, size = find_special(pieces, known, named)
+    options = dict(options or {}) | ({"sentinels": str(sentinels)} if sentinels != SENTINELS else {})
+    special, found, size = find_special(pieces, known, named, sentinels)
     is_special = np.zeros(size, bool)
-    is_special[[*special.values(), *sentinels, *control]] = True
+    is_special[[*special.values(), *found, *control]] = True
     first = np.zeros(size, bool)
     first[: len(texts)] = [starts_word(text) for text in texts] if starts is None else starts
     token_bytes = np.zeros(size, np.int32)
@@ -169,12 +174,13 @@ def _build(
     token_bytes[is_special] = 0
     return Tokenizer(
         special=special,
-        sentinels=tuple(sentinels),
+        sentinels=tuple(found),
         is_special=is_special,
         starts_word=first,
         token_bytes=token_bytes,
         pieces=pieces,
         texts=texts if starts is None else None,
+        options=options,
         **rest,
     )
 
@@ -182,7 +188,7 @@ def _build(
 # ------------------------------------------------------------------------------------------ the kinds
 
 
-def byte_tokenizer() -> Tokenizer:
+def byte_tokenizer(sentinels: int = SENTINELS) -> Tokenizer:
     """Every UTF-8 byte is a token: special tokens first (pad 0, unk 1, ..., mask 6, sentinels), then the 256 bytes.
 
     >>> tokenizer = byte_tokenizer()
@@ -190,14 +196,14 @@ def byte_tokenizer() -> Tokenizer:
     >>> (ids - 107).tolist(), begins.tolist(), tokenizer.decode(ids), tokenizer.size
     ([110, 195, 169], [0, 1, 1], 'né', 363)
     """
-    first = len(NAMES) + SENTINELS
+    first = len(NAMES) + sentinels
 
     def encode(text: str) -> Encoding:
         data = np.frombuffer(text.encode(), np.uint8)
         character = np.cumsum((data & 0xC0) != 0x80) - 1  # of every byte
         return data.astype(np.int32) + first, character
 
-    pieces = [names[0] for names in NAMES.values()] + [f"<extra_id_{i}>" for i in range(SENTINELS)]
+    pieces = [names[0] for names in NAMES.values()] + [f"<extra_id_{i}>" for i in range(sentinels)]
     return _build(
         pieces + [f"0x{b:02x}" for b in range(256)],
         [b""] * first + [bytes([b]) for b in range(256)],
@@ -205,14 +211,17 @@ def byte_tokenizer() -> Tokenizer:
         (),
         kind="byte",
         file_name="byte.json",
-        data=b'{"kind": "byte"}\n',
+        data=(
+            json.dumps({"kind": "byte"} | ({"sentinels": sentinels} if sentinels != SENTINELS else {})) + "\n"
+        ).encode(),
+        sentinels=sentinels,
         encode_window=encode,
         decode_ids=lambda ids: bytes(i - first for i in ids).decode("utf-8", "replace"),
     )
 
 
-def sentencepiece_tokenizer(data: bytes) -> Tokenizer:
-    """A tokenizer from a serialised SentencePiece model."""
+def sentencepiece_tokenizer(data: bytes, sentinels: int = SENTINELS) -> Tokenizer:
+    """A tokenizer from a serialised SentencePiece model; sentinels that it lacks are added behind it."""
     from sentencepiece import SentencePieceProcessor
 
     try:
@@ -240,6 +249,7 @@ def sentencepiece_tokenizer(data: bytes) -> Tokenizer:
         kind="sentencepiece",
         file_name="sentencepiece.model",
         data=data,
+        sentinels=sentinels,
         encode_window=encode,
         decode_ids=model.decode,
     )
@@ -269,12 +279,13 @@ def _hf(tokenizer: Any, pieces: list[str], texts: list[bytes], known: Mapping[st
     return _build(pieces, texts, known, encode_window=encode, decode_ids=tokenizer.decode, **rest)
 
 
-def wordpiece_tokenizer(data: bytes, lowercase: bool | None = None) -> Tokenizer:
+def wordpiece_tokenizer(data: bytes, lowercase: bool | None = None, sentinels: int = SENTINELS) -> Tokenizer:
     """A tokenizer from a WordPiece `vocab.txt`, as BERT splits and normalises text.
 
     Args:
       data: the file: one token per line, the line number is the id.
       lowercase: lower-case and strip accents first; None does so if no word of the vocabulary has a capital.
+      sentinels: how many there must be at least.
 
     Raises:
       ValueError: the file has no [UNK], or `tokenizers` is not installed.
@@ -304,11 +315,12 @@ def wordpiece_tokenizer(data: bytes, lowercase: bool | None = None) -> Tokenizer
         file_name="vocab.txt",
         data=data,
         options={"lowercase": str(lowercase).lower()},
+        sentinels=sentinels,
     )
 
 
-def hf_tokenizer(data: bytes) -> Tokenizer:
-    """A tokenizer from a Hugging Face `tokenizer.json`.
+def hf_tokenizer(data: bytes, sentinels: int = SENTINELS) -> Tokenizer:
+    """A tokenizer from a Hugging Face `tokenizer.json`; sentinels that it lacks are added behind it.
 
     Raises:
       ValueError: it cannot be read, or `tokenizers` is not installed.
@@ -339,6 +351,7 @@ def hf_tokenizer(data: bytes) -> Tokenizer:
         kind="hf",
         file_name="tokenizer.json",
         data=data,
+        sentinels=sentinels,
     )
 
 
@@ -368,18 +381,20 @@ def _hf_texts(record: dict[str, Any], pieces: list[str]) -> tuple[list[bytes], l
 
 def load_tokenizer(data: bytes, kind: str, options: Mapping[str, str] | None = None) -> Tokenizer:
     """The tokenizer of a data build: the content of its file, and "kind" and "options" as the manifest has them."""
+    options = options or {}
+    sentinels = int(options.get("sentinels", SENTINELS))
     if kind == "byte":
-        return byte_tokenizer()
+        return byte_tokenizer(sentinels)
     if kind == "sentencepiece":
-        return sentencepiece_tokenizer(data)
+        return sentencepiece_tokenizer(data, sentinels)
     if kind == "hf":
-        return hf_tokenizer(data)
+        return hf_tokenizer(data, sentinels)
     assert kind == "wordpiece", kind
-    lowercase = (options or {}).get("lowercase")
-    return wordpiece_tokenizer(data, None if lowercase is None else lowercase == "true")
+    lowercase = options.get("lowercase")
+    return wordpiece_tokenizer(data, None if lowercase is None else lowercase == "true", sentinels)
 
 
-def open_tokenizer(path: str, lowercase: bool | None = None) -> Tokenizer:
+def open_tokenizer(path: str, lowercase: bool | None = None, sentinels: int = SENTINELS) -> Tokenizer:
     """A tokenizer from the user's file, by its name: *.model, *.json or *.txt.
 
     Raises:
@@ -398,6 +413,7 @@ def open_tokenizer(path: str, lowercase: bool | None = None) -> Tokenizer:
     except OSError as error:
         raise ValueError(f"--tokenizer {path}: {error}") from None
     try:
-        return load_tokenizer(data, kind, {} if lowercase is None else {"lowercase": str(lowercase).lower()})
+        options = {} if lowercase is None else {"lowercase": str(lowercase).lower()}
+        return load_tokenizer(data, kind, options | {"sentinels": str(sentinels)})
     except (ValueError, UnicodeDecodeError) as error:
         raise ValueError(f"--tokenizer {path}: {error}") from None

@@ -15,7 +15,7 @@ Model = Literal["unigram", "bpe", "char"]
 
 _CHUNK = 512  # characters of one training example
 _COVERAGE = 0.9995  # of the characters of the text that get a token of their own; the rest is written in bytes
-_FIXED = 7 + SENTINELS + 1 + 256  # special tokens, the newline, bytes
+_FIXED = 7 + 1 + 256  # special tokens, the newline, bytes; sentinels beside them
 _THREADS = 4  # the model depends on it, in the last digits of a sum, and must not depend on the machine
 
 
@@ -63,24 +63,26 @@ def chunked(text: str) -> Iterator[str]:
         start = stop + (text[stop : stop + 1] == " ")  # SentencePiece puts a space before every example
 
 
-def check_vocab_size(vocab_size: int) -> None:
+def check_vocab_size(vocab_size: int, sentinels: int = SENTINELS) -> None:
     """Raise ValueError where a vocabulary has no room for pieces beside what every trained model holds."""
-    if vocab_size < _FIXED + 36:
+    fixed = _FIXED + sentinels
+    if vocab_size < fixed + 36:
         raise ValueError(
-            f"--vocab-size {vocab_size} is too small: {_FIXED} ids go to the special tokens, {SENTINELS} sentinels and "
-            f"the 256 bytes; take at least {_FIXED + 36} (or --model byte)"
+            f"--vocab-size {vocab_size} is too small: {fixed} ids go to the special tokens, {sentinels} sentinels and "
+            f"the 256 bytes; take at least {fixed + 36} (or --model byte)"
         )
 
 
-def train_sentencepiece(chunks: Iterable[str], vocab_size: int, model: Model) -> bytes:
+def train_sentencepiece(chunks: Iterable[str], vocab_size: int, model: Model, sentinels: int = SENTINELS) -> bytes:
     """Train a SentencePiece model with every special token and byte fallback; text is not normalised.
 
-    The ids are pad 0, unk 1, bos 2, eos 3, cls 4, sep 5, mask 6, 100 sentinels, the newline, 256 bytes, pieces.
+    The ids are pad 0, unk 1, bos 2, eos 3, cls 4, sep 5, mask 6, the sentinels, the newline, 256 bytes, pieces.
 
     Args:
       chunks: examples of text, at most a few thousand bytes each.
       vocab_size: ids in all; where the text has not that many pieces, the vocabulary is smaller.
       model: the kind of model.
+      sentinels: how many.
 
     Returns:
       The serialised model.
@@ -96,8 +98,8 @@ def train_sentencepiece(chunks: Iterable[str], vocab_size: int, model: Model) ->
         del characters[separate]
     if not characters:
         raise ValueError("there is no text to train a tokenizer on")
-    check_vocab_size(vocab_size)
-    kept = _frequent(characters, vocab_size - _FIXED, model)
+    check_vocab_size(vocab_size, sentinels)
+    kept = _frequent(characters, vocab_size - _FIXED - sentinels, model)
     others = dict.fromkeys((ord(c) for c in set("".join(examples)) - kept), "\n")
     writer = io.BytesIO()
     try:
@@ -117,7 +119,7 @@ def train_sentencepiece(chunks: Iterable[str], vocab_size: int, model: Model) ->
             unk_id=1,
             bos_id=2,
             eos_id=3,
-            control_symbols=["<cls>", "<sep>", "<mask>", *(f"<extra_id_{i}>" for i in range(SENTINELS))],
+            control_symbols=["<cls>", "<sep>", "<mask>", *(f"<extra_id_{i}>" for i in range(sentinels))],
             user_defined_symbols=["\n"],
             max_sentence_length=1 << 16,
             num_threads=_THREADS,

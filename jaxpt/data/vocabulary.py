@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from jaxpt.data.sentences import unspaced
 
-SENTINELS = 100
+SENTINELS = 100  # that every vocabulary has at least
 
 # How vocabularies call their special tokens, in the order of preference. ("<|endoftext|>" begins and ends.)
 NAMES: Mapping[str, tuple[str, ...]] = {
@@ -42,7 +42,7 @@ def starts_word(piece: bytes) -> bool:
 
 
 def find_special(
-    pieces: Sequence[str], known: Mapping[str, int], named: Sequence[int] | None = None
+    pieces: Sequence[str], known: Mapping[str, int], named: Sequence[int] | None = None, least: int = SENTINELS
 ) -> tuple[dict[str, int], list[int], int]:
     """Ids of the special tokens, of the sentinels, and the size with those that had to be added.
 
@@ -50,6 +50,7 @@ def find_special(
       pieces: the vocabulary, by id.
       known: ids that the tokenizer itself declares.
       named: ids among which special tokens are found by name; None for all.
+      least: sentinels; those that are missing are added.
     """
     ids = range(len(pieces)) if named is None else named
     index = {pieces[i].lstrip("▁"): i for i in sorted(ids, reverse=True)}
@@ -60,15 +61,15 @@ def find_special(
     if found["cls"] is None and found["sep"] is None and {"<s>", "</s>", "<mask>"} <= index.keys():
         # RoBERTa, BART and XLM-R: <s> and </s> are what BERT calls [CLS] and [SEP]
         found["cls"], found["sep"] = found["bos"], found["eos"]
-    sentinels = [index[f"<extra_id_{i}>"] for i in range(SENTINELS) if f"<extra_id_{i}>" in index]
+    sentinels = [index[name] for name in map("<extra_id_{}>".format, range(len(pieces))) if name in index]
     size = len(pieces)
     special = {}
     for name, at in found.items():
         if at is None:
             at, size = size, size + 1
         special[name] = at
-    if len(sentinels) < SENTINELS:
-        extra = SENTINELS - len(sentinels)
+    if len(sentinels) < least:
+        extra = least - len(sentinels)
         sentinels += range(size, size + extra)
         size += extra
     return special, sentinels, size

@@ -113,7 +113,7 @@ def map_logits(function: Callable[..., Tree], readout: Readout, *others: Array, 
     Args:
       function: from logits [R, k, V] f32 and the same k positions of the others to arrays [R, k, ...]; it works on
         each position by itself.
-      readout: of a head; hidden [R, K, E]. No gradient is meant to go through: every piece would keep its logits.
+      readout: of a head; hidden [R, K, E]. A gradient makes the logits of every piece a second time.
       others: [R, K, ...].
       pieces: as of ``linear_cross_entropy``.
 
@@ -126,7 +126,7 @@ def map_logits(function: Callable[..., Tree], readout: Readout, *others: Array, 
         return function(logits_of(readout._replace(hidden=piece[0])), *piece[1:])
 
     given = (readout.hidden, *others)
-    return one(given) if pieces == 1 else _join(jax.lax.map(one, _cut(given, pieces)))
+    return one(given) if pieces == 1 else _join(jax.lax.map(jax.checkpoint(one), _cut(given, pieces)))
 
 
 def _pieces(readout: Readout) -> int:

@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxpt.models.attention import attend
 from jaxpt.models.config import TransformerConfig
+from jaxpt.models.distances import DistanceScores
 from jaxpt.models.layers import ACTIVATIONS, Dense, Norm, dropout, normal, project
 from jaxpt.models.params import Initializer, constrain
 from jaxpt.models.positions import rotate
@@ -46,7 +47,7 @@ class Sight(NamedTuple):
     window: int | None = None
     angles: tuple[Array, Array] | None = None  # rotary, of queries and keys alike
     bias: Array | None = None  # see ``attend``
-    distances: tuple[Array, Array] | None = None  # disentangled: table [P, D], and its row for each pair [R, Q, L]
+    distances: tuple[Array, Array] | None = None  # a vector per distance [P, D], and its row for each pair [R, Q, L]
 
 
 class Attention(nnx.Module):
@@ -69,6 +70,8 @@ class Attention(nnx.Module):
         own, init = c.relative_projections and c.positions == "disentangled", kernel_init(c, c.width)
         self.distance_query = Dense((c.width, queries), ("embed", "heads"), init, bias=True) if own else None
         self.distance_key = Dense((c.width, keys), ("embed", "kv_heads"), init, bias=True) if own else None
+        relative = c.positions == "transformer_xl"
+        self.relative = DistanceScores(c.width, queries, init) if relative else None
         self.query_norm = _norm_of_heads(c) if c.qk_norm else None
         self.key_norm = _norm_of_heads(c) if c.qk_norm else None
 
@@ -88,8 +91,11 @@ class Attention(nnx.Module):
             query_RQHC, key_RLGC = rotate(query_RQHC, sight.angles), rotate(key_RLGC, sight.angles)
         scale, bias, form = c.attention_scale, sight.bias, c.attention
         if scale is None:
-            scale = (c.head_dim if sight.distances is None else 3 * c.head_dim) ** -0.5
-        if sight.distances is not None:
+            scale = (3 * c.head_dim if c.positions == "disentangled" else c.head_dim) ** -0.5
+        if self.relative is not None and sight.distances is not None:
+            query_RQHC, scores_RHQL = self.relative(query_RQHC, *sight.distances)
+            bias, form = scale * scores_RHQL, "dense"
+        elif sight.distances is not None:
             bias, form = scale * self.distance_scores(query_RQHC, key_RLGC, *sight.distances), "dense"
         out_RQHC = attend(
             query_RQHC,
@@ -174,9 +180,15 @@ class Block(nnx.Module):
         self.mlp_norm = config_norm(config, config.width)
 
     def __call__(
-        self, x: Array, sight: Sight, context: Array | None, context_sight: Sight | None, keys_R: Array | None
+        self,
+        x: Array,
+        sight: Sight,
+        context: Array | None,
+        context_sight: Sight | None,
+        keys_R: Array | None,
+        memory: Array | None = None,
     ) -> Array:
-        """[R, L, D] from [R, L, D]."""
+        """[R, L, D] from [R, L, D]; the attention also looks at ``memory`` [R, M, D], as it stood before the layer."""
 
         def add(x: Array, norm: Norm | None, sublayer: Callable[[Array], Array], site: int) -> Array:
             pre = self.config.norm_placement == "pre"
@@ -185,7 +197,14 @@ class Block(nnx.Module):
             x = x if pre or norm is None else norm(x)
             return constrain(x, "batch", "length", None)
 
-        x = add(x, self.attention_norm, lambda y: self.attention(y, y, sight, keys_R, 0), 1)
+        def attention(y: Array) -> Array:
+            if memory is None:
+                return self.attention(y, y, sight, keys_R, 0)
+            norm = self.attention_norm if self.config.norm_placement == "pre" else None
+            before = memory if norm is None else norm(memory)
+            return self.attention(y, jnp.concatenate([before.astype(y.dtype), y], axis=1), sight, keys_R, 0)
+
+        x = add(x, self.attention_norm, attention, 1)
         cross = self.cross_attention
         if cross is not None:
             assert context is not None and context_sight is not None

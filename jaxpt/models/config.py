@@ -7,6 +7,9 @@ from typing import Literal
 
 from jaxpt.models.layers import Activation
 
+Positions = Literal["learned", "sinusoidal", "rotary", "relative", "disentangled", "transformer_xl", "none"]
+DENSE_ONLY = ("disentangled", "transformer_xl")  # positions whose scores no kernel makes
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
@@ -29,12 +32,13 @@ class TransformerConfig:
       first_norm: the first layer normalises what its attention reads ("pre" only; ModernBERT does not).
       final_norm: normalise the output ("pre" stacks need it).
       positions: how order enters: tables or sines that are added to the tokens, turned queries and keys, T5's bias by
-        distance, or DeBERTa's scores between tokens and distances ("disentangled": dense attention only).
+        distance, or scores between tokens and distances, dense attention only: DeBERTa's ("disentangled") or
+        Transformer-XL's ("transformer_xl").
       position_offset: rows of the learned table before position 0 (BART and RoBERTa keep 2).
       rope_theta: base of rotary positions.
       local_rope_theta: its value in layers with a window; None = ``rope_theta``.
       relative_buckets: of T5's relative positions; of DeBERTa's, for each direction.
-      relative_distance: from which all distances share a bucket.
+      relative_distance: from which all distances share a bucket; Transformer-XL's are as long as this at most.
       relative_projections: DeBERTa's positions have query and key projections of their own; otherwise they share the
         tokens'.
       relative_causal: T5's decoder rule, which spends no bucket on later keys.
@@ -65,7 +69,7 @@ class TransformerConfig:
       remat: what the backward pass recomputes: nothing, all but matmul outputs, or whole layers.
       attention: how attention is computed: "dense" with the whole mask, "blockwise" in tiles, "splash" on TPU, "fused"
         on GPU; "auto" takes what is fastest for the length, the pattern and the platform. All agree to rounding.
-      layers: run layers by a scan (compile time flat in depth) or unrolled (a third faster on a CPU); "auto"
+      layers: run layers by a scan (compile time flat in depth) or unrolled (a quarter faster on a CPU); "auto"
         unrolls up to 12 layers on a CPU and scans everything else.
 
     Raises:
@@ -87,7 +91,7 @@ class TransformerConfig:
     embedding_norm: bool = False
     first_norm: bool = True
     final_norm: bool = True
-    positions: Literal["learned", "sinusoidal", "rotary", "relative", "disentangled", "none"] = "learned"
+    positions: Positions = "learned"
     position_offset: int = 0
     rope_theta: float = 10_000.0
     local_rope_theta: float | None = None
@@ -137,16 +141,16 @@ class TransformerConfig:
             raise ValueError(f"rotary positions need an even head width, not {self.head_dim}")
         if self.positions == "relative" and self.relative_buckets < 4:
             raise ValueError(f"relative_buckets is {self.relative_buckets}; it must be at least 4")
-        if self.positions == "disentangled":
+        if self.positions in DENSE_ONLY:
             if self.attention not in ("auto", "dense"):
                 raise ValueError(
-                    f'attention="{self.attention}" cannot do disentangled positions, whose scores depend on what the '
-                    f'tokens are: set attention="dense"'
+                    f'attention="{self.attention}" cannot do {self.positions} positions, whose scores depend on what '
+                    f'the tokens are: set attention="dense"'
                 )
             if self.groups != self.heads:
-                raise ValueError("disentangled positions need a key per query head: set kv_heads=None")
-            if not 4 <= self.relative_buckets < self.relative_distance:
-                raise ValueError("disentangled positions need 4 <= relative_buckets < relative_distance")
+                raise ValueError(f"{self.positions} positions need a key per query head: set kv_heads=None")
+        if self.positions == "disentangled" and not 4 <= self.relative_buckets < self.relative_distance:
+            raise ValueError("disentangled positions need 4 <= relative_buckets < relative_distance")
         if (self.window is not None and self.window < 0) or self.global_every < 0:
             raise ValueError("window and global_every must not be negative")
         if self.norm_placement == "post" and not self.first_norm:

@@ -72,6 +72,39 @@ def prefix(segment_ids: Array, positions: Array, is_prefix: Array) -> AttentionP
     return _self_pattern(segment_ids, positions, jnp.where(is_prefix, 0, places), None)
 
 
+def block_diffusion(segment_ids: Array, positions: Array, block: int) -> AttentionPattern:
+    """Of a row read twice, [noisy ; clean]: a noisy block sees itself and the clean blocks before it.
+
+    A clean block sees itself and the clean blocks before it; nothing clean sees anything noisy.
+
+    Args:
+      segment_ids: [R, L] i32, 0 = padding.
+      positions: [R, L] i32, restart in each segment.
+      block: tokens of a block, counted from the start of each segment.
+
+    Returns:
+      A pattern of 2 L queries and keys.
+
+    Example:
+      >>> visible(block_diffusion(jnp.ones((1, 3), int), jnp.arange(3)[None], block=2)).astype(int)
+      Array([[[1, 1, 0, 0, 0, 0],
+              [1, 1, 0, 0, 0, 0],
+              [0, 0, 1, 1, 1, 0],
+              [0, 0, 0, 1, 1, 0],
+              [0, 0, 0, 1, 1, 0],
+              [0, 0, 0, 1, 1, 1]]], dtype=int32)
+    """
+    blocks = positions // block + 1
+
+    def twice(noisy: Array, clean: Array) -> Array:
+        return jnp.concatenate([noisy, clean], axis=1)
+
+    segments, places = twice(segment_ids, segment_ids), twice(positions, positions)
+    ranks = twice(blocks - 1, blocks), twice(jnp.full_like(blocks, LAST), blocks)
+    groups = twice(blocks, jnp.zeros_like(blocks))
+    return AttentionPattern(segments, segments, *ranks, places, places, groups, groups)
+
+
 def cross(query_segments: Array, query_positions: Array, key_segments: Array, key_positions: Array) -> AttentionPattern:
     """Every query sees all keys of its segment: a decoder looking at its encoder.
 

@@ -23,6 +23,8 @@ _ALBERT = {"base": (12, 768, 12), "large": (24, 1024, 16), "xlarge": (24, 2048, 
 _DEBERTA_V3 = {"xsmall": (12, 384, 6), "small": (6, 768, 12), "base": (12, 768, 12), "large": (24, 1024, 16)}
 _GPT2 = {"small": (12, 768, 12), "medium": (24, 1024, 16), "large": (36, 1280, 20), "xl": (48, 1600, 25)}
 _BART = {"base": (6, 768, 12), "large": (12, 1024, 16)}
+_VASWANI = {"base": (6, 512, 8), "big": (6, 1024, 16)}
+_PEGASUS = {"base": (12, 768, 12), "large": (16, 1024, 16)}
 
 
 def _shape(sizes: dict[str, tuple[int, int, int]], family: str, size: str) -> dict[str, Any]:
@@ -112,6 +114,45 @@ def deberta_v3(size: str, **changes: Any) -> TransformerConfig:
     return replace(config, **changes)
 
 
+def xlnet(size: str, **changes: Any) -> TransformerConfig:
+    """XLNet (Yang et al. 2019, arXiv:1906.08237): base, large.
+
+    Its segment encodings are left out: where a token sees one text only, they add the same to all of its scores.
+    """
+    _known({"base": None, "large": None}, "xlnet", size)
+    config = TransformerConfig(
+        **_shape(_BERT, "xlnet", size),
+        norm_placement="post",
+        norm_epsilon=1e-12,
+        final_norm=False,
+        positions="transformer_xl",
+        relative_distance=1024,
+        activation="gelu_tanh",
+        qkv_bias=False,
+        out_bias=False,
+        logits_bias=True,
+        dropout=0.1,
+        attention_dropout=0.1,
+        mlp_dropout=0.1,
+    )
+    return replace(config, **changes)
+
+
+def glm(size: str, **changes: Any) -> TransformerConfig:
+    """GLM (Du et al. 2022, arXiv:2103.10360): base, large; the token types are the positions inside spans."""
+    _known({"base": None, "large": None}, "glm", size)
+    config = TransformerConfig(
+        **_shape(_BERT, "glm", size),
+        max_length=513,
+        token_types=513,
+        activation="gelu_tanh",
+        dropout=0.1,
+        attention_dropout=0.1,
+        scale_residual_init=True,
+    )
+    return replace(config, **changes)
+
+
 def gpt2(size: str, **changes: Any) -> TransformerConfig:
     """GPT-2 (Radford et al. 2019): small, medium, large, xl."""
     config = TransformerConfig(
@@ -179,6 +220,20 @@ def modernbert(size: str, **changes: Any) -> TransformerConfig:
     return replace(config, **changes)
 
 
+def vaswani(size: str, **changes: Any) -> EncoderDecoderConfig:
+    """The first Transformer (Vaswani et al. 2017, arXiv:1706.03762): base, big."""
+    stack = TransformerConfig(
+        **_shape(_VASWANI, "vaswani", size),
+        norm_placement="post",
+        final_norm=False,
+        positions="sinusoidal",
+        activation="relu",
+        embed_scale=True,
+        dropout=0.1 if size == "base" else 0.3,
+    )
+    return _both(stack, stack, changes)
+
+
 def t5(size: str, version: Literal["1.0", "1.1"] = "1.0", **changes: Any) -> EncoderDecoderConfig:
     """T5 (Raffel et al. 2020, arXiv:1910.10683), first or gated second version: small, base, large."""
     sizes = {
@@ -224,6 +279,21 @@ def bart(size: str, **changes: Any) -> EncoderDecoderConfig:
         embedding_norm=True,
         final_norm=False,
         position_offset=2,
+        dropout=0.1,
+        attention_dropout=0.1,
+        mlp_dropout=0.1,
+    )
+    return _both(stack, stack, changes)
+
+
+def pegasus(size: str, **changes: Any) -> EncoderDecoderConfig:
+    """PEGASUS (Zhang et al. 2020, arXiv:1912.08777): base, large."""
+    stack = TransformerConfig(
+        **_shape(_PEGASUS, "pegasus", size),
+        max_length=1024,
+        positions="sinusoidal",
+        activation="relu",
+        embed_scale=True,
         dropout=0.1,
         attention_dropout=0.1,
         mlp_dropout=0.1,

@@ -25,7 +25,7 @@ from jaxpt.sharding import ROWS, check_rows, make_mesh
 from jaxpt.train import compiled_train_step, make_parts, step_flops
 from jaxpt.types import Batch, RowSpec, Vocab
 
-SENTINELS = 100
+SENTINELS = 256  # of a stand-in vocabulary: enough for every objective
 
 
 @dataclass(frozen=True)

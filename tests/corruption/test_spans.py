@@ -40,13 +40,24 @@ def test_realised_span_lengths_at_a_budget(budget, mean):
     """The numbers of the third budget rule: the last span is kept with probability left / length."""
 
     def one(random):
-        return draw_fit(random[0], draw_lengths(random[1:], LAW), jnp.int32(budget), jnp.int32(512))
+        return draw_fit(random[:2], draw_lengths(random[2:], LAW), jnp.int32(budget), jnp.int32(512))
 
-    lengths = np.asarray(jax.jit(jax.vmap(one))(bits(20_000, 1 + budget)))
+    lengths = np.asarray(jax.jit(jax.vmap(one))(bits(80_000, 2 + budget)))
     total = lengths.sum(axis=1)
-    assert abs(total.mean() - budget) < 0.07
+    assert abs(total.mean() - budget) < 4.5 * 2.5 / np.sqrt(80_000)
     assert total.std() == pytest.approx(2.5, abs=0.2)
     assert lengths.sum() / (lengths > 0).sum() == pytest.approx(mean, abs=0.02)
+
+
+def test_both_ends_of_a_row_are_covered_alike():
+    """Place i is covered as often as place n - 1 - i: the span that fills the budget is not always the last."""
+
+    def one(random):
+        lengths = draw_fit(random[:2], draw_lengths(random[2:17], LAW), jnp.int32(15), jnp.int32(100))
+        return cover(draw_starts(random[17:], lengths, jnp.int32(100)), lengths, 100)
+
+    rates = np.asarray(jax.jit(jax.vmap(one))(bits(40_000, 17 + 101))).mean(axis=0)
+    np.testing.assert_allclose(rates, rates[::-1], atol=4.5 * np.sqrt(2 * 0.15 * 0.85 / 40_000))
 
 
 def test_two_unit_spans_in_five_tokens_have_six_equally_likely_layouts():
@@ -79,7 +90,7 @@ def test_edges_are_masked_less_because_spans_do_not_touch():
     """A span stands at the very start iff its gap was chosen: P = E[spans / gaps]; the same at the end."""
 
     def one(random):
-        lengths = draw_fit(random[0], draw_lengths(random[1:16], LAW), jnp.int32(15), jnp.int32(100))
+        lengths = draw_fit(random[:2], draw_lengths(random[1:16], LAW), jnp.int32(15), jnp.int32(100))
         return lay(random[16:], lengths, 100), (lengths > 0).sum() / (101 - lengths.sum())
 
     covered, edge = jax.jit(jax.vmap(one))(bits(20_000, 117))
@@ -90,7 +101,7 @@ def test_edges_are_masked_less_because_spans_do_not_touch():
 
 
 LAID = jax.jit(lay)
-FITTED = jax.jit(lambda random, budget, size: draw_fit(random[0], draw_lengths(random[1:], LAW), budget, size))
+FITTED = jax.jit(lambda random, budget, size: draw_fit(random[:2], draw_lengths(random[1:], LAW), budget, size))
 
 
 @settings(max_examples=60, deadline=None)

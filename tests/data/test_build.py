@@ -115,14 +115,14 @@ def test_shards_by_size(tmp_path):
         lengths = rng.integers(1, 50, 30).astype(np.uint32)
         np.savez(work / f"part-{part:05d}.npz", train=lengths, validation=np.zeros(0, np.uint32))
         all_sizes += [4 + 2 * n + (n + 7) // 8 for n in lengths.tolist()]
-    planned = parts.plan_shards(4, work, "uint16", False, 300, 1000)
+    planned = parts.plan_shards(4, work, "uint16", {}, 300, 1000)
     sizes = iter(all_sizes)
     filled = [[next(sizes) for _, a, b in job.ranges for _ in range(a, b)] for job in planned]
     assert [size for shard in filled for size in shard] == all_sizes
     assert all(sum(shard) <= 300 for shard in filled)
     assert all(sum(a) + b[0] > 300 for a, b in itertools.pairwise(filled))
     assert [job.number for job in planned] == list(range(len(planned)))
-    assert [len(job.ranges) for job in parts.plan_shards(4, work, "uint16", False, 1, 1000)] == [
+    assert [len(job.ranges) for job in parts.plan_shards(4, work, "uint16", {}, 1, 1000)] == [
         1
     ] * 120  # each has its own
 
@@ -274,11 +274,13 @@ def test_inputs_are_recorded(source):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"corpus": "code"}, "either --input"),
+        ({"corpus": "code"}, "one of --input"),
         ({"validation": 1.0}, "--validation is a fraction"),
         ({"workers": 0}, "--workers must be at least 1"),
         ({"shard_megabytes": 0}, "--shard-megabytes must be"),
         ({"model": "bpe", "vocab_size": 100}, "--vocab-size 100 is too small"),
+        ({"model": "bpe", "vocab_size": 400, "sentinels": 130}, "--vocab-size 400 is too small: 394 ids"),
+        ({"sentinels": 99}, "--sentinels must be at least 100"),
         ({"tokenizer": "a.bin"}, "--tokenizer a.bin"),
     ],
 )

@@ -117,7 +117,7 @@ def test_from_text_to_batches(source, monkeypatch, capsys):
     assert "for example" in capsys.readouterr().err and manifest.extras == {"phrase_starts": "bool"}
     monkeypatch.setattr(parts, "PART_BYTES", (3000, 6000))
     monkeypatch.setattr(phrases, "BLOCK", 500)
-    monkeypatch.setattr(parts, "PHRASE_BYTES", 700)
+    monkeypatch.setattr(parts, "EXTRA_BYTES", 700)
     again = built(source, "two", shard_documents=30)  # other parts and blocks, the same phrases
     rows = RowSpec("one_document", prefix=(2,), suffix=(3,), fields=("phrase_starts",))
     found = [next(held_out([Source(str(m.path))], rows, 300, 16)) for m in (manifest, again)]

@@ -21,13 +21,15 @@ from jaxpt.data import order, shards
 from jaxpt.data.manifest import Manifest, Shard, Split, encode_document
 from jaxpt.data.pipeline import Phase, Pipeline, Source, check_continues, held_out
 from jaxpt.data.shards import Documents
-from jaxpt.types import Batch, RowSpec
+from jaxpt.types import Batch, RowKind, RowSpec
 
 BOS, EOS, PAD = 2, 3, 1
 Sentences = list[list[int]]
 
 
-def write_data(folder: Path, train: list[Sentences], validation: Sequence[Sentences] = (), tokenizer="a" * 64) -> str:
+def write_data(
+    folder: Path, train: list[Sentences], validation: Sequence[Sentences] = (), tokenizer="a" * 64, sentinels: int = 0
+) -> str:
     """A finished data build of documents given as lists of sentences."""
     folder.mkdir(parents=True)
     splits = {}
@@ -53,7 +55,7 @@ def write_data(folder: Path, train: list[Sentences], validation: Sequence[Senten
     Manifest(
         path=epath.Path(folder),
         tokenizer={"kind": "byte", "file": "tokenizer.json", "sha256": tokenizer},
-        vocab={**special, "sentinels": []},
+        vocab={**special, "sentinels": list(range(sentinels))},
         token_dtype="uint16",
         splits=splits,
         unigram=files[0],
@@ -173,6 +175,121 @@ def test_an_epoch_serves_every_token_once(data, packing, length, batch_size, pre
     assert np.all(served.positions[:, 1:][~same] == 0) and np.all(served.sentence_ids[:, 1:][~same] == 0)
     words = same & (served.tokens[:, 1:] >= 10) & (served.tokens[:, :-1] >= 10)
     assert np.all(np.diff(served.tokens)[words] == 1)  # a document keeps its order
+
+
+# ----------------------------------------------------------------------------------------------------- a stream
+
+STREAM = RowSpec("stream", suffix=(EOS,), fields=("document_ids",))
+
+
+def test_each_row_of_a_stream_goes_on_where_it_ended(data):
+    source, lanes = pipeline(data, rows=STREAM, length=8, batch_size=3), 3
+    share = source._readers[0][0].stream.rows() // lanes
+    batches = [source.batch(step) for step in range(2 * share)]
+    for epoch in (0, 1):
+        served: Counter[int] = Counter()
+        for lane in range(lanes):
+            rows = [
+                (batch.tokens[lane], batch.extras["document_ids"][lane], batch.segment_ids[lane] > 0)
+                for batch in batches[epoch * share : (epoch + 1) * share]
+            ]
+            tokens, documents = (np.concatenate([row[i][row[2]] for row in rows]) for i in (0, 1))
+            served.update(tokens[tokens >= 10].tolist())
+            inside = (documents[1:] == documents[:-1]) & (tokens[1:] >= 10) & (tokens[:-1] >= 10)
+            assert (np.diff(tokens)[inside] == 1).all(), "a document goes on from row to row"
+            assert inside.sum() > 100
+            edges = [len(row[2].nonzero()[0]) for row in rows]
+            assert inside[np.cumsum(edges)[:-1] - 1].any(), "also over the edge of a row"
+        assert max(served.values()) == 1
+        assert len(served) >= TOKENS - (lanes + 1) * 8, "what is left of an epoch is less than a row for each lane"
+    assert not np.array_equal(batches[0].tokens, batches[share].tokens), "every epoch has an order of its own"
+
+
+def test_a_stream_is_a_function_of_seed_and_step(data):
+    walked = pipeline(data, rows=STREAM, batch_size=4)
+    batches = [walked.batch(step) for step in range(9)]
+    again = pipeline(data, rows=STREAM, batch_size=4)
+    for step in (8, 0, 5):
+        assert_same(again.batch(step), batches[step])
+        part = again.batch(step, [1, 3])
+        np.testing.assert_array_equal(part.tokens, batches[step].tokens[[1, 3]])
+        np.testing.assert_array_equal(part.extras["document_ids"], batches[step].extras["document_ids"][[1, 3]])
+
+
+def test_a_stream_that_cannot_be_is_refused(tmp_path, data):
+    other = write_data(tmp_path / "other", numbered([5] * 9))
+    with pytest.raises(ValueError, match="give it one data build, or another packing"):
+        pipeline(data, other, rows=STREAM)
+    with pytest.raises(ValueError, match="make 6 rows and every step reads 9 streams"):
+        pipeline(other, rows=STREAM, length=10, batch_size=9).batch(0)
+
+
+# ------------------------------------------------------------------------------------- rows of several kinds
+
+KINDS = RowSpec(
+    suffix=(EOS,), kinds=(RowKind(2, lambda n: n), RowKind(1, lambda n: n + 5), RowKind(1, lambda n: n - 2))
+)
+
+
+def test_rows_of_several_kinds_have_their_own_lengths_and_orders(data):
+    source = pipeline(data, rows=KINDS, batch_size=8)
+    batch = source.batch(3)
+    assert batch.tokens.shape == (8, 13) and batch.row_ids.tolist() == list(range(8))
+    room = np.array([8] * 4 + [13] * 2 + [6] * 2)
+    used = (batch.segment_ids > 0).sum(1)
+    assert (used <= room).all() and (used == room).sum() >= 6  # all but the last rows of blocks are full
+    first = pipeline(data, rows=RowSpec(suffix=(EOS,)), batch_size=4)  # the first kind alone: the same rows
+    for step in (0, 3, 40):
+        np.testing.assert_array_equal(source.batch(step).tokens[:4, :8], first.batch(step).tokens)
+    alike = pipeline(data, rows=RowSpec(kinds=(RowKind(1, lambda n: n),) * 2))  # alike, each in an order of its own
+    tokens = stack([alike.batch(step) for step in range(9)]).tokens.reshape(9, 2, 2, 8)
+    assert not np.array_equal(tokens[:, 0], tokens[:, 1])
+
+
+def test_every_kind_serves_every_token_once_an_epoch(data):
+    source = pipeline(data, rows=KINDS, batch_size=4)
+    served = stack([source.batch(step) for step in range(260)])
+    for kind, (begin, stop) in enumerate([(0, 2), (2, 3), (3, 4)]):
+        total = source._readers[0][kind].stream.rows()
+        mine = np.flatnonzero((served.row_ids >= begin) & (served.row_ids < stop))
+        assert len(mine) >= total
+        tokens = served.tokens[mine[:total]][served.segment_ids[mine[:total]] > 0]
+        assert Counter(tokens.tolist()) == Counter({EOS: len(SIZES)}) + Counter(range(10, 10 + TOKENS))
+
+
+def test_rows_of_several_kinds_are_a_function_of_seed_and_step(data):
+    other = Source(data, 3)
+    source = pipeline(data, other, rows=KINDS, batch_size=8)
+    stream = list(source.batches(0, 12))
+    for step, batch in enumerate(pipeline(data, other, rows=KINDS, batch_size=8).batches(5, 12), start=5):
+        assert_same(batch, stream[step])
+    halves = [pipeline(data, other, rows=KINDS, batch_size=8).batch(7, rows) for rows in (slice(0, 4), slice(4, 8))]
+    assert [half.tokens.shape for half in halves] == [(4, 13)] * 2
+    assert_same(stack(halves), stream[7])
+    served = stack(stream)
+    for rows in (slice(0, 4), slice(4, 6), slice(6, 8)):  # sources mix by weight within each kind
+        mine = served.source_ids.reshape(12, 8)[:, rows]
+        assert np.mean(mine) == pytest.approx(0.75, abs=0.05)
+
+
+def test_kinds_are_a_part_of_the_fingerprint(data):
+    old, new = (pipeline(data, rows=rows, batch_size=8).fingerprint() for rows in (RowSpec(suffix=(EOS,)), KINDS))
+    assert "kinds" not in old["phases"][0] and new["phases"][0]["kinds"] == [[2, 8], [1, 13], [1, 6]]
+    check_continues(new, json.loads(json.dumps(new)), step=5)
+    for other in (KINDS.kinds[:2], (RowKind(2, lambda n: n - 1), *KINDS.kinds[1:])):
+        changed = pipeline(data, rows=RowSpec(suffix=(EOS,), kinds=other), batch_size=9 if len(other) == 2 else 8)
+        with pytest.raises(ValueError, match=r"cannot be resumed with other data: .*kinds was"):
+            check_continues(new, changed.fingerprint(), step=5)
+
+
+def test_kinds_that_cannot_be_are_refused(data):
+    message = "6 rows cannot be divided as 2 : 1 : 1: make batch_size a multiple of 4 times microbatches"
+    with pytest.raises(ValueError, match=message):
+        pipeline(data, rows=KINDS, batch_size=6)
+    with pytest.raises(ValueError, match="keeps 0 tokens of text"):
+        pipeline(data, rows=KINDS, length=2)
+    with pytest.raises(ValueError, match="held-out rows are of one kind"):
+        held_out([Source(data)], KINDS, 8, 4)
 
 
 # --------------------------------------------------------------------------------- pure in (seed, step)
@@ -402,6 +519,9 @@ def test_settings_that_cannot_be_are_refused(tmp_path, data):
     other = write_data(tmp_path / "other", numbered([4]), tokenizer="b" * 64)
     with pytest.raises(ValueError, match=rf"{data} and {other} were built with different tokenizers"):
         pipeline(data, other)
+    more = write_data(tmp_path / "more", numbered([4]), sentinels=3)
+    with pytest.raises(ValueError, match=rf"{data} has 0 sentinel tokens and {more} has 3: .*--sentinels 0"):
+        pipeline(data, more)
     with pytest.raises(ValueError, match=r"no documents in its validation split: .*--validation"):
         held_out([Source(other)], RowSpec(), 8, 4)
     with pytest.raises(ValueError, match="0 held-out rows"):

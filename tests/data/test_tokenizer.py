@@ -66,6 +66,25 @@ def test_special_tokens_have_their_places(tokenizer):
     assert tokenizer.decode([0, 2, 6, 7, *tokenizer.encode("dog")[0], 3]) == "dog"
 
 
+def test_as_many_sentinels_as_are_asked_for(tmp_path, bpe):
+    trained = sentencepiece_tokenizer(train_sentencepiece(EXAMPLES, 560, "bpe", 130), 130)
+    (tmp_path / "their.model").write_bytes(bpe.data)
+    given = open_tokenizer(str(tmp_path / "their.model"), sentinels=130)
+    for tokenizer in (trained, given, byte_tokenizer(130)):
+        added = tuple(range(bpe.size, bpe.size + 30)) if tokenizer is given else tuple(range(107, 137))
+        assert tokenizer.sentinels == tuple(range(7, 107)) + added
+        assert tokenizer.is_special.sum() == 137
+        again = load_tokenizer(tokenizer.data, tokenizer.kind, tokenizer.options)  # as from the manifest
+        assert (again.sentinels, again.size, again.name(added[-1])) == (
+            tokenizer.sentinels,
+            tokenizer.size,
+            "<extra_id_129>",
+        )
+        assert again.encode(HARD)[0].tolist() == tokenizer.encode(HARD)[0].tolist()
+    assert byte_tokenizer(130).data != byte_tokenizer().data and byte_tokenizer().options == bpe.options == {}
+    assert sentencepiece_tokenizer(trained.data).sentinels == trained.sentinels  # it keeps what it has
+
+
 def test_words(tokenizer):
     assert words(tokenizer, "The dog doesn't\nmind, again (twice)") == [
         "The", "dog", "doesn't", "mind", ",", "again", "(twice", ")",
@@ -129,6 +148,8 @@ def test_rare_characters_are_written_in_bytes():
 def test_impossible_training_is_explained():
     with pytest.raises(ValueError, match="300 is too small: 364 ids"):
         train_sentencepiece(EXAMPLES, 300, "unigram")
+    with pytest.raises(ValueError, match="420 is too small: 394 ids go to the special tokens, 130 sentinels"):
+        train_sentencepiece(EXAMPLES, 420, "unigram", 130)
     with pytest.raises(ValueError, match="no text"):
         train_sentencepiece(["\n"], 500, "bpe")
 

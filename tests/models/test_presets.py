@@ -8,7 +8,7 @@ from jaxpt.models.transformer import TransformerConfig
 
 
 @pytest.mark.parametrize(
-    "family", ["bert", "roberta", "albert", "electra", "gpt2", "llama", "modernbert", "t5", "bart"]
+    "family", ["bert", "roberta", "albert", "electra", "xlnet", "glm", "gpt2", "llama", "modernbert", "t5", "bart"]
 )
 def test_an_unknown_size_is_answered_with_the_known_ones(family):
     with pytest.raises(ValueError, match=rf"{family}.*'huge'.*(base|small|7b)"):
