@@ -1,23 +1,23 @@
-"""BART-Base's decoder stack: 6 layers of width 768, next-token prediction.
+"""BART-Base: 6 + 6 layers of width 768, text infilling and sentence permutation.
 
     jaxpt train configs/bart_base.py --data DIR
 
-It is NOT denoising: until the sequence-to-sequence objectives are here, the decoder stack is trained alone as a
-causal language model (the paper's own comparison has one, Lewis et al. 2020, arXiv:1910.13461, section 4.1).
-For the base size the paper gives neither batch nor learning rate; these are RoBERTa's at a quarter of its
-batch.
+The noise is the one that the released models were trained with (Lewis et al. 2020, arXiv:1910.13461, section 5, and
+fairseq's options for it): all sentences permuted, 30 % of the words hidden in spans of Poisson(3.5) words, a tenth of
+the masks random tokens. For the base size the paper gives neither batch nor learning rate; these are RoBERTa's at a
+quarter of its batch.
 """
 
 from jaxpt.config import RunConfig
 from jaxpt.models.presets import bart
-from jaxpt.objectives import CausalLM
+from jaxpt.objectives import Denoising
 from jaxpt.optimizer import OptimizerConfig
 
 
 def config() -> RunConfig:
     """Return the run."""
     return RunConfig(
-        objective=CausalLM(decoder=bart("base", dtype="bfloat16").decoder),
+        objective=Denoising(network=bart("base", dtype="bfloat16")),
         steps=500_000,
         batch_size=2048,
         seq_len=512,

@@ -44,16 +44,25 @@ if TYPE_CHECKING:
     from jaxpt.data.pipeline import held_out as held_out
     from jaxpt.evaluate import evaluate as evaluate
     from jaxpt.models.config import TransformerConfig as TransformerConfig
+    from jaxpt.objectives import MASS as MASS
     from jaxpt.objectives import OBJECTIVES as OBJECTIVES
+    from jaxpt.objectives import BlankInfilling as BlankInfilling
     from jaxpt.objectives import CausalLM as CausalLM
     from jaxpt.objectives import CausalMasking as CausalMasking
+    from jaxpt.objectives import Consistency as Consistency
+    from jaxpt.objectives import Denoising as Denoising
     from jaxpt.objectives import FillInTheMiddle as FillInTheMiddle
+    from jaxpt.objectives import GapSentences as GapSentences
+    from jaxpt.objectives import MaskedDiffusion as MaskedDiffusion
     from jaxpt.objectives import MaskedLM as MaskedLM
     from jaxpt.objectives import Mixture as Mixture
     from jaxpt.objectives import Multitask as Multitask
+    from jaxpt.objectives import PermutationLM as PermutationLM
     from jaxpt.objectives import PrefixLM as PrefixLM
     from jaxpt.objectives import ReplacedTokenDetection as ReplacedTokenDetection
     from jaxpt.objectives import SentencePair as SentencePair
+    from jaxpt.objectives import Seq2Seq as Seq2Seq
+    from jaxpt.objectives import SpanCorruption as SpanCorruption
     from jaxpt.optimizer import OptimizerConfig as OptimizerConfig
     from jaxpt.optimizer import ParameterGroup as ParameterGroup
     from jaxpt.optimizer import make_optimizer as make_optimizer
@@ -89,16 +98,25 @@ _HOMES = {
     "evaluate": ("evaluate",),
     "models.config": ("TransformerConfig",),
     "objectives": (
+        "MASS",
         "OBJECTIVES",
+        "BlankInfilling",
         "CausalLM",
         "CausalMasking",
+        "Denoising",
+        "Consistency",
         "FillInTheMiddle",
+        "GapSentences",
+        "MaskedDiffusion",
         "MaskedLM",
         "Mixture",
         "Multitask",
+        "PermutationLM",
         "PrefixLM",
         "ReplacedTokenDetection",
         "SentencePair",
+        "Seq2Seq",
+        "SpanCorruption",
     ),
     "optimizer": ("OptimizerConfig", "ParameterGroup", "make_optimizer"),
     "sharding": ("MeshConfig", "local_rows", "make_mesh", "put_batch", "state_shardings"),

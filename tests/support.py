@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxpt.models.config import TransformerConfig
+from jaxpt.models.config import DENSE_ONLY, TransformerConfig
 from jaxpt.types import Batch, RowSpec, Vocab
 
 SPECIALS = 7  # pad unk bos eos cls sep mask
@@ -47,11 +47,15 @@ def packed_batch(rows: RowSpec, vocab: Vocab, length: int = 24, size: int = 8, s
             arrays["tokens"][row, begin:end] = text
             arrays["segments"][row, begin:end] = document + 1
             arrays["positions"][row, begin:end] = np.arange(len(text))
-            arrays["sentences"][row, begin:end] = np.arange(len(text)) // 4
+            # as sentences, or as the texts of a pair
+            arrays["sentences"][row, begin:end] = (
+                np.arange(len(text)) // 4 if not rows.texts else np.arange(len(text)) > 3
+            )
             begin = end
     ids = np.arange(size, dtype=np.uint32)
     fields = {
         "phrase_starts": arrays["positions"] % 3 == 0,
+        "gap_scores": ((arrays["sentences"] * 37 + arrays["segments"]) % 11 / 11).astype(np.float32),
         "document_ids": np.arange(size, dtype=np.int32)[:, None] * 8 + arrays["segments"],
     }
     return Batch(
@@ -76,6 +80,8 @@ def tiny(value: Any) -> Any:
             max_length=max(64, min(value.max_length, 64)),
             window=None if value.window is None else 4,
             dtype="float32",
+            # 0.02 is for a width of hundreds: from so little, a narrow network learns distances alone slowly
+            init_scale=0.1 if value.positions == "transformer_xl" else value.init_scale,
             layers="scan",  # as accelerators run them
         )
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -90,6 +96,7 @@ def tiny(value: Any) -> Any:
 def with_attention(value: Any, form: str) -> Any:
     """The same configuration with every network attending in this form, and no dropout of attention weights."""
     if isinstance(value, TransformerConfig):
+        form = "dense" if value.positions in DENSE_ONLY else form
         return dataclasses.replace(value, attention=form, attention_dropout=0.0)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [field.name for field in dataclasses.fields(value) if field.init]

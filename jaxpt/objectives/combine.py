@@ -12,7 +12,6 @@ microbatches: each strided microbatch holds every part's share of its own. Which
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from zlib import crc32
@@ -41,6 +40,7 @@ from jaxpt.types import (
     Tree,
     View,
     Vocab,
+    divide_rows,
 )
 
 
@@ -125,20 +125,10 @@ class Mixture:
         shares = [portion.share for portion in self.parts]
         for portion in self.parts:
             check(portion.share >= 1, f"mixture: share of {portion.name!r} is {portion.share}: it must be at least 1")
-        whole = sum(shares)
         members = unite("mixture", vocab, self.parts, self._weights())
 
         def divide(total: int) -> list[slice]:
-            if self.every_row:
-                return [slice(0, total)] * len(shares)
-            unit = whole // math.gcd(*shares)
-            check(
-                total % unit == 0,
-                f"mixture: {total} rows of a microbatch cannot be divided as {' : '.join(map(str, shares))}: make "
-                f"batch_size a multiple of {unit} times microbatches",
-            )
-            places = [total * sum(shares[:index]) // whole for index in range(len(shares) + 1)]
-            return list(map(slice, places, places[1:]))
+            return [slice(0, total)] * len(shares) if self.every_row else divide_rows(total, shares, "mixture")
 
         return combine("mixture", members, self.rows, divide, apart=False)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from jaxpt.losses.cross_entropy import CrossEntropy, linear_cross_entropy
+from jaxpt.losses.cross_entropy import CrossEntropy, linear_cross_entropy, z_loss
 from jaxpt.losses.token_metrics import TokenTables, ratio, token_metrics, token_sums, token_tables
 from jaxpt.models.config import TransformerConfig
 from jaxpt.models.heads import lm_head
@@ -120,23 +120,54 @@ def infilling_lm(
       rows: what it asks of the data.
       corrupt: makes tokens, segment_ids, positions, pattern, targets and kinds, and the weights of the term "lm".
     """
+
+    def sums(result: CrossEntropy, example: Example, tables: TokenTables) -> dict[str, Array]:
+        inputs = example.inputs
+        return infilling_sums(result, inputs["targets"], inputs["kinds"], example.weights["lm"], tables)
+
+    return language_model(config, vocab, rows, corrupt, sums=sums, metrics=infilling_metrics)
+
+
+def language_model(
+    config: TransformerConfig,
+    vocab: Vocab,
+    rows: RowSpec,
+    corrupt: Callable[[Snapshot, Batch, Key], Example],
+    *,
+    sums: Callable[[CrossEntropy, Example, TokenTables], dict[str, Array]] | None = None,
+    metrics: Callable[[dict[str, Array]], dict[str, Array]] | None = None,
+    z_loss_scale: float = 0.0,
+) -> Objective:
+    """Return the objective of a decoder that predicts from every place of a row: what is left beside ``corrupt``.
+
+    Args:
+      config: of the decoder.
+      vocab: its vocabulary.
+      rows: what it asks of the data.
+      corrupt: makes what ``predict`` and ``view_of`` read, and the weights of the term "lm".
+      sums, metrics: what is measured; None = ``token_sums`` and ``token_metrics`` of a part of the text.
+      z_loss_scale: of the term (log Z)^2, 0 = none.
+    """
     decoder, head = transformer(config, vocab.size), lm_head(config, vocab.size)
     networks, tables = {"trunk": decoder, "head": head}, token_tables(vocab)
+    scale = {"lm": 1.0} | ({"z_loss": z_loss_scale} if z_loss_scale else {})
+
+    def checked(snapshot: Snapshot, batch: Batch, key: Key) -> Example:
+        example = corrupt(snapshot, batch, key)
+        return example._replace(weights=dict.fromkeys(scale, example.weights["lm"]))
 
     def loss(snapshot: Snapshot, example: Example, keys: Array) -> Out:
-        inputs = example.inputs
-        result = predict(decoder, head, snapshot.params, inputs, keys)
-        return Out(
-            {"lm": result.loss},
-            infilling_sums(result, inputs["targets"], inputs["kinds"], example.weights["lm"], tables),
-        )
+        result = predict(decoder, head, snapshot.params, example.inputs, keys)
+        losses = {"lm": result.loss} | ({"z_loss": z_loss(result.log_normalizer)} if z_loss_scale else {})
+        if sums is not None:
+            return Out(losses, sums(result, example, tables))
+        return Out(losses, token_sums(result, example.inputs["targets"], example.weights["lm"], tables))
 
     def summary(sums: Sums) -> dict[str, Array]:
-        return infilling_metrics(sums.stats)
+        return metrics(sums.stats) if metrics else token_metrics(sums.stats, likelihood=False)
 
     def views(snapshot: Snapshot, example: Example) -> dict[str, View]:
         return {"decoder": view_of(example, "lm")}
 
-    return Objective(
-        rows, specs_of(networks), initializer_of(networks), corrupt, loss, {"lm": 1.0}, summary=summary, views=views
-    )
+    init = initializer_of(networks)
+    return Objective(rows, specs_of(networks), init, checked, loss, scale, summary=summary, views=views)

@@ -141,6 +141,11 @@ def unite_rows(name: str, members: Sequence[Member], choice: str | None) -> RowS
                 f"{name}: {first!r} asks for rows with {what} {wanted!r} and {other!r} for {found!r}: give the parts "
                 f"the same, or say whose rows all of them get: rows={first!r} or rows={other!r}",
             )
+        check(
+            not spec.kinds,
+            f"{name}: the rows of {other!r} are of several lengths, which rows that parts share or divide cannot be: "
+            f"make a part of each of its kinds (of span_corruption: one denoiser per part)",
+        )
     return RowSpec(
         chosen.packing,
         chosen.prefix,

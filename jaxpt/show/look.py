@@ -126,12 +126,25 @@ def text_row(texts: Sequence[str], tokenizer: Tokenizer, rows: RowSpec, length: 
     if rows.packing == "one_document" and len(texts) > 1:
         raise ValueError(f"{len(texts)} texts, and a row of this objective holds one document: give one --text")
     prefix, suffix = np.array(rows.prefix, np.int32), np.array(rows.suffix, np.int32)
-    pieces = []
+    together = max(rows.texts, 1)
+    if len(texts) % together:
+        raise ValueError(
+            f"the objective reads examples of {together} texts, not {len(texts)}: give --text SOURCE --text TARGET"
+        )
+    encoded = []
     for text in texts:
         ids, begins = tokenizer.encode(text)
         if not len(ids):
             raise ValueError(f"--text {text!r} has no tokens: write a sentence")
-        sentences = np.cumsum(document_starts(Document(text), begins)) - 1
+        encoded.append((ids, np.cumsum(document_starts(Document(text), begins)) - 1))
+    if rows.texts:  # the texts of an example are its sentences
+        groups = [encoded[at : at + together] for at in range(0, len(encoded), together)]
+        encoded = [
+            (np.concatenate([ids for ids, _ in group]), np.repeat(np.arange(together), [len(ids) for ids, _ in group]))
+            for group in groups
+        ]
+    pieces = []
+    for ids, sentences in encoded:
         pieces.append(cut_piece((ids, sentences), 0, len(prefix) + len(ids) + len(suffix), prefix, suffix))
     width, needed = rows.tokens(length), sum(len(tokens) for tokens, *_ in pieces)
     if needed > width:

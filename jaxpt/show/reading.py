@@ -90,7 +90,7 @@ class Reading:
         """What is read and predicted, in a line."""
         tokens = sum(place.document > 0 for place in self.places)
         targets = sum(len(place.targets) for place in self.places)
-        changed = sum(place.changed for place in self.places)
+        changed = sum(place.changed and place.document > 0 for place in self.places)
         told = f"{tokens} tokens" + f" and {self.padding} of padding" * (self.padding > 0)
         told += f", {changed} not as in the row" * (changed > 0)
         return told + (f"; {targets} predictions ({targets / max(tokens, 1):.1%} of the tokens)" if targets else "")
