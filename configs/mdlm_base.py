@@ -5,7 +5,8 @@
 Settings as published for OpenWebText (Sahoo et al. 2024, arXiv:2406.07524, and the authors' code): rows of 1,024
 tokens cut from the text as it comes, 512 per batch, 1,000,000 steps, AdamW without decay at a constant 3e-4 after
 2,500 steps, dropout 0.1, a moving average of 0.9999 that is evaluated, GPT-2's vocabulary with [MASK] beside it. The
-network is the authors' without the modulation by time, which is a constant where no time is given.
+network is the authors' without the modulation by time, which is a constant where no time is given; here the output
+layer begins at random weights, not at 0, and dropout also covers the embeddings.
 """
 
 from jaxpt.config import RunConfig
@@ -25,6 +26,7 @@ def config() -> RunConfig:
                 qkv_bias=False,
                 out_bias=False,
                 tie_embeddings=False,
+                logits_bias=True,
                 scale_residual_init=False,
                 dtype="bfloat16",
             ),

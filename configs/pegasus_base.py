@@ -4,9 +4,10 @@
     jaxpt train configs/pegasus_base.py --data DIR
 
 The base size of the paper's comparisons (Zhang et al. 2020, arXiv:1912.08777, section 6.1): 30 % of the sentences,
-those that share most with the rest of their document, inputs of 512 tokens and targets of 256, 500,000 steps of 256
-rows. Adafactor and its schedule are T5's, whose rate falls with the root of the step as the paper's does. The released
-large model mixes shares and chooses at random:
+those that share most with the rest of their document, 512 tokens of text and targets of up to 256, 500,000 steps of
+256 rows. (The paper's 512 are the inputs, without the sentences that are missing.) Adafactor and its schedule are T5's,
+whose rate falls with the root of the step as the paper's does. The released large model mixes shares and chooses at
+random:
 
     --objective.ratio 0.45 --objective.lowest-ratio 0.15 --objective.noise 0.04
 """

@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from jaxpt.objectives import ReplacedTokenDetection as ReplacedTokenDetection
     from jaxpt.objectives import SentencePair as SentencePair
     from jaxpt.objectives import Seq2Seq as Seq2Seq
+    from jaxpt.objectives import SimCSE as SimCSE
     from jaxpt.objectives import SpanCorruption as SpanCorruption
     from jaxpt.optimizer import OptimizerConfig as OptimizerConfig
     from jaxpt.optimizer import ParameterGroup as ParameterGroup
@@ -116,6 +117,7 @@ _HOMES = {
         "ReplacedTokenDetection",
         "SentencePair",
         "Seq2Seq",
+        "SimCSE",
         "SpanCorruption",
     ),
     "optimizer": ("OptimizerConfig", "ParameterGroup", "make_optimizer"),

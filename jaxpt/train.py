@@ -30,7 +30,7 @@ from jaxpt.models.attention import DENSE_BELOW
 from jaxpt.models.config import DENSE_ONLY
 from jaxpt.optimizer import assign_groups, learning_rate_schedule, make_optimizer, trainable
 from jaxpt.sharding import MeshConfig, check_rows, local_rows, make_mesh, put_batch, state_shardings
-from jaxpt.step import Measured, initial_state, make_eval_step, make_example, make_train_step
+from jaxpt.step import Measured, initial_state, make_eval_step, make_example, make_train_step, seed_key
 from jaxpt.tracing import StepTrace
 from jaxpt.types import Batch, Example, Objective, RowSpec, Snapshot, Sums, TrainState, Tree, Vocab
 
@@ -307,7 +307,11 @@ def open_run(
         averaged = None if state.averaged is None else jax.tree.map(lambda leaf: leaf.copy(), taken.params)
         init = lambda params: parts.optimizer.init(trainable(parts.specs, params))  # noqa: E731
         opt_state = jax.jit(init, out_shardings=parts.shardings.opt_state)(taken.params)  # where schedule-free begins
-        state = state._replace(params=taken.params, averaged=averaged, opt_state=opt_state)
+        carry, start = state.carry, parts.objective.start
+        if start is not None:  # a teacher begins as what was taken, not as what was drawn
+            begin = lambda params: start(params, seed_key(config.seed, "carry"))  # noqa: E731
+            carry = jax.jit(begin, out_shardings=parts.shardings.carry)(taken.params)
+        state = state._replace(params=taken.params, averaged=averaged, opt_state=opt_state, carry=carry)
         total = len(jax.tree.leaves(state.params))
         notes.append(f"took {len(taken.taken)} of {total} parameters of {config.init_from}, step {taken.step}:")
         notes += [f"  taken: {each}" for each in taken.taken] + [f"  not taken: {each}" for each in taken.left]

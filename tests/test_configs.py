@@ -13,7 +13,7 @@ import pytest
 from support import packed_batch, tiny, tiny_vocab
 
 from jaxpt.config import RunConfig, load_config, resolve_phases, validate
-from jaxpt.objectives import MaskedDiffusion, Mixture, ReplacedTokenDetection, SpanCorruption
+from jaxpt.objectives import MaskedDiffusion, Mixture, ReplacedTokenDetection, SimCSE, SpanCorruption
 from jaxpt.optimizer import OptimizerConfig
 from jaxpt.sharding import MeshConfig, check_rows, make_mesh
 from jaxpt.step import make_eval_step, make_train_step
@@ -115,11 +115,19 @@ def losses_at_tiny_size(objective: ObjectiveConfig, optimizer: OptimizerConfig) 
     return losses
 
 
-# nearly the programs of others
+# nearly the programs of others, or of objectives that the conformance suite trains
 ALIKE = {
     "roberta_base",
     "albert_base",
     "electra_base",
+    "modernbert_base",
+    "prefix_lm_base",
+    "protein_bert",
+    "code_fim",
+    "llada_8b",
+    "pegasus_base",
+    "xlnet_base",
+    "glm_base",
     "mass_base",
     "translation_base",
     "t5_large",
@@ -142,7 +150,9 @@ def test_learns_at_tiny_size(name: str):
         guess += config.objective.scale * math.log(2)
     boundary = getattr(config.objective, "boundary", None)
     guess *= 1 + (boundary.scale if boundary else 0)  # SpanBERT predicts the same tokens a second time
-    assert losses[0] == pytest.approx(guess, rel=0.5)
+    if isinstance(config.objective, SimCSE):
+        guess = math.log(8)  # of the rows of a batch, which all look alike; beside it stands the noise of dropout
+    assert losses[0] == pytest.approx(guess, rel=0.7 if isinstance(config.objective, SimCSE) else 0.5)
     # diffusion weighs tokens by up to 1 / t: of so few, one step's loss alone says little
     start = guess if isinstance(config.objective, MaskedDiffusion) else losses[0]
     assert np.mean(losses[-6:]) < start - 0.1, losses

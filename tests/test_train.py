@@ -21,9 +21,10 @@ from jaxpt.data.build import BuildConfig, build
 from jaxpt.data.pipeline import Phase, Pipeline
 from jaxpt.models.config import TransformerConfig
 from jaxpt.objectives import CausalLM, Consistency, MaskedLM
+from jaxpt.objectives.consistency import MovingAverage
 from jaxpt.optimizer import OptimizerConfig
 from jaxpt.sharding import MeshConfig, make_mesh
-from jaxpt.train import evaluate_run, make_parts, open_phases, step_flops, train
+from jaxpt.train import evaluate_run, make_parts, open_phases, open_run, step_flops, train
 from jaxpt.types import RowSpec
 
 CLOCK = {"tokens_per_second", "mfu", "data_wait", "seconds"}
@@ -331,6 +332,16 @@ def test_another_objective_starts_from_a_run(finished: Path, data: str, tmp_path
     strange = MaskedLM(encoder=dataclasses.replace(NETWORK, width=16))
     with pytest.raises(ValueError, match=r"trunk/embed/tokens: .* here, .* in the checkpoint"):
         train(config_of(data, tmp_path / "strange", objective=strange, init_from=str(finished)))
+
+
+def test_a_teacher_begins_as_what_was_taken(finished: Path, data: str, tmp_path: Path):
+    objective = Consistency(encoder=NETWORK, teacher=MovingAverage())
+    config = config_of(data, tmp_path / "taught", objective=objective, init_from=str(finished))
+    mesh, phases = make_mesh(config.mesh), open_phases(config)
+    with jax.set_mesh(mesh), Checkpoints(tmp_path / "none") as store:
+        state = open_run(config, None, phases, mesh, store).state
+    embedded = state.params["trunk"]["embed"]["tokens"]
+    assert any(leaf.shape == embedded.shape and np.array_equal(leaf, embedded) for leaf in jax.tree.leaves(state.carry))
 
 
 def test_a_run_that_keeps_failing_stops(data: str, tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -141,7 +141,7 @@ def infill(
     reach_L = jnp.where(is_start_L, jnp.minimum(units_L + infilling.units - 1, last_unit_L), -1)
     reached_L = jnp.pad(jax.lax.cummax(reach_L)[:-1], (1, 0), constant_values=-1)  # by spans that start before
     covered_L = candidates_L & (reached_L >= units_L)
-    owner_L = jax.lax.cummax(jnp.where(is_start_L, jnp.arange(length), 0))
+    owner_L = jax.lax.cummax(jnp.where(is_start_L & ~covered_L, jnp.arange(length), 0))
     written_L = jnp.where(infilling.random[owner_L], infilling.ids, mask_id)
     present_L = segment_ids_L > 0
     if replace_length == EACH:

@@ -50,7 +50,7 @@ def list_aligned(inputs: tuple[str, ...]) -> tuple[list[Piece], list[Piece]]:
     Raises:
       ValueError: a file does not exist, or patterns name different numbers of files.
     """
-    sides = [list_inputs((given,), "text") for given in inputs]
+    sides = [list_inputs((given,), "text", flag="--aligned") for given in inputs]
     if len({len(side) for side in sides}) > 1:
         counts = ", ".join(f"{given}: {len(side)}" for given, side in zip(inputs, sides, strict=True))
         raise ValueError(
@@ -63,13 +63,16 @@ def list_aligned(inputs: tuple[str, ...]) -> tuple[list[Piece], list[Piece]]:
     return sets, [piece for side in sides for piece in side]
 
 
-def list_inputs(inputs: tuple[str, ...], format: Format = "auto", include: tuple[str, ...] = ()) -> list[Piece]:
+def list_inputs(
+    inputs: tuple[str, ...], format: Format = "auto", include: tuple[str, ...] = (), flag: str = "--input"
+) -> list[Piece]:
     """Every file under `inputs`, in a fixed order; directories are read recursively, without hidden files.
 
     Args:
       inputs: files, directories or patterns such as `shards/*.jsonl.gz`; local or of an object store.
       format: the format of all files, or "auto" to go by their names.
       include: patterns for names of files in directories, for example `*.py`; none takes every file.
+      flag: the option that names them, for messages.
 
     Raises:
       ValueError: an input does not exist or holds no file.
@@ -85,7 +88,7 @@ def list_inputs(inputs: tuple[str, ...], format: Format = "auto", include: tuple
             found = sorted((p for p in root.parent.glob(root.name) if p.is_file()), key=os.fspath)
         if not found:
             wanted = f" that matches {' or '.join(include)}" if include and root.is_dir() else ""
-            raise ValueError(f"--input {given}: there is no such file, or no file{wanted} in it")
+            raise ValueError(f"{flag} {given}: there is no such file, or no file{wanted} in it")
         for path in found:
             name = os.fspath(path)
             kind = format_of(name) if format == "auto" else format

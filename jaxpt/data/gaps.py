@@ -5,7 +5,8 @@ The score of a sentence is its ROUGE-1 F against all other sentences of the docu
     F = 2 sum over words w of min(c_sentence[w], c_rest[w]) / (words of the sentence + words of the rest)
 
 Words are runs of tokens, as for phrases; case makes no difference, and words without letters and digits do not count.
-Scores are kept in steps of 1 / 255.
+What is kept is the score as a share of the document's highest, in steps of 1 / 255: only order and ratios within a
+document matter, and in a long one all scores are small (the rest has many more words than any sentence).
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def rouge_scores(words_W: np.ndarray, sentences_W: np.ndarray, count: int) -> np
 
 
 def encoded_gap_scores(records: Sequence[bytes], token_dtype: str, work: Path) -> list[bytes]:
-    """The scores of encoded documents, a byte per token, the same for all tokens of a sentence."""
+    """The scores of encoded documents, a byte per token, the same for all tokens of a sentence; 255 = the highest."""
     (starts_word, letters), spellings = np.load(work / TABLES), np.load(work / SPELLINGS)
     spoken_by_spelling = np.zeros(spellings.max() + 1, bool)
     spoken_by_spelling[spellings[letters]] = True
@@ -58,5 +59,5 @@ def encoded_gap_scores(records: Sequence[bytes], token_dtype: str, work: Path) -
         spoken = np.logical_or.reduceat(spoken_by_spelling[spelt[inside]], words.first)
         of_word = sentences[inside][words.first]
         scores = rouge_scores(words.hashes[spoken], of_word[spoken], int(sentences[-1]) + 1)
-        encoded.append(np.rint(255 * scores).astype(np.uint8)[sentences].tobytes())
+        encoded.append(np.rint(255 * scores / (scores.max() or 1.0)).astype(np.uint8)[sentences].tobytes())
     return encoded

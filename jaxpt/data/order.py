@@ -23,6 +23,7 @@ from jaxpt.types import Packing
 
 BLOCK = 1 << 16  # documents that are packed together
 INTERLEAVED = 4  # blocks whose rows are shuffled together
+STREAMED = 1024  # plans that are kept for rows packed as a stream, about a megabyte each
 _BLOCKS, _DOCUMENTS, _ROWS = range(3)  # what a random number decides
 
 
@@ -65,7 +66,8 @@ class Stream:
         self._lock = threading.RLock()
         self._total: int | None = None
         self._epoch = functools.lru_cache(maxsize=2)(lambda number: _Epoch(self._permuted(_BLOCKS, number, 0), [0]))
-        self._plan = functools.lru_cache(maxsize=2 * INTERLEAVED)(self._make_plan)
+        plans = 2 * INTERLEAVED if packing != "stream" else STREAMED  # lanes stand in many blocks at once
+        self._plan = functools.lru_cache(maxsize=plans)(self._make_plan)
         self._row_seed = functools.lru_cache(maxsize=4)(self._make_row_seed)
 
     def locate(self, index: int) -> Address:
@@ -98,13 +100,14 @@ class Stream:
         if self._total is None:
             self._total = self.rows()
         total = self._total
-        epoch, place = divmod(step, max(total // lanes, 1))
         if total < lanes:
             raise ValueError(
                 f"these data make {total} rows and every step reads {lanes} streams of them: lower the batch size, "
                 f"shorten the rows or build more data"
             )
-        return self.locate(epoch * total + lane * (total // lanes) + place)
+        begin, end = lane * total // lanes, (lane + 1) * total // lanes
+        epoch, place = divmod(step, end - begin)
+        return self.locate(epoch * total + begin + place)
 
     def plan(self, epoch: int, block: int) -> Plan:
         """The plan of a block in an epoch."""

@@ -251,12 +251,12 @@ def _encode_texts(
     texts = [tokenizer.encode(text)[0] for text in example.texts]
     empty = next((text for text, tokens in zip(example.texts, texts, strict=True) if not len(tokens)), None)
     if empty is not None:
-        return Problem("example", "a text without tokens", empty[:40])
+        return Problem(example.where, "a text without tokens", empty[:40])
     whole = sum(map(len, texts))
     if limits:
         long = [len(tokens) > limit for tokens, limit in zip(texts, limits, strict=True)]
         if any(long) and not cut:
-            return Problem("example", "longer than --text-tokens", example.texts[long.index(True)][:40])
+            return Problem(example.where, "longer than --text-tokens", example.texts[long.index(True)][:40])
         texts = [tokens[:limit] for tokens, limit in zip(texts, limits, strict=True)]
     starts = np.concatenate([np.arange(len(tokens)) == 0 for tokens in texts])
     return np.concatenate(texts).astype(token_dtype(tokenizer)), starts, example.text.encode(), whole

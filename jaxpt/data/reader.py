@@ -41,6 +41,8 @@ class SourceReader:
             return np.where(found > 0, found + added, 0)
 
         self.stream = Stream(len(self.documents), lengths, rows.packing, self.length, key)
+        # of a stream, another pass is another text: a memory must not see it as the same document going on
+        self.phase = (key[1] >> 32) + 1 if rows.packing == "stream" and key else 0
 
 
 def open_readers(
@@ -91,18 +93,19 @@ def read_batch(
     by_block = sorted((k, address.epoch, address.block, r, address.row) for r, (k, address) in _present(wanted))
     for k, of_source in groupby(by_block, key=lambda item: item[0]):
         reader = readers[k]
-        cuts = []  # (row of the batch, document, start, size)
+        cuts = []  # (row of the batch, epoch, pieces: document, start, size)
         for (_, epoch, block), rows in groupby(of_source, key=lambda item: item[:3]):
             plan, first = reader.stream.plan(epoch, block), block * reader.stream.block_size
             for _, _, _, r, row in rows:
                 of_row = slice(plan.row_starts[row], plan.row_starts[row + 1])
                 documents = (first + plan.documents[of_row].astype(np.int64)).tolist()
                 starts, sizes = plan.starts[of_row].tolist(), plan.lengths[of_row].tolist()
-                cuts.append((r, list(zip(documents, starts, sizes, strict=True))))
-        indices = sorted({document for _, cut in cuts for document, _, _ in cut})
+                cuts.append((r, epoch, list(zip(documents, starts, sizes, strict=True))))
+        indices = sorted({document for *_, cut in cuts for document, _, _ in cut})
         texts = dict(zip(indices, reader.documents.read(indices), strict=True))
-        for r, cut in cuts:
-            owners[r] = [reader.source << 28 ^ d for d, _, _ in cut]
+        for r, epoch, cut in cuts:
+            passed = (epoch + reader.phase) * 0x9E3779B1 if reader.phase else 0
+            owners[r] = [reader.source << 28 ^ d ^ passed for d, _, _ in cut]
             pieces[r] = [cut_piece(texts[d], start, size, reader.prefix, reader.suffix) for d, start, size in cut]
     row_P = np.repeat(np.arange(len(wanted)), [len(of_row) for of_row in pieces])
     flat = [piece for of_row in pieces for piece in of_row]

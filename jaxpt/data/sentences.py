@@ -25,6 +25,7 @@ class Texts(NamedTuple):
     """The texts of one example, a source and a target: each is encoded by itself, and numbered as a sentence."""
 
     texts: tuple[str, ...]
+    where: str  # in its file
 
     @property
     def text(self) -> str:

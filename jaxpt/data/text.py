@@ -213,15 +213,15 @@ def _json_document(line: bytes, position: int, where: str, field: Field) -> Item
 def _from_record(record: Any, field: Field, where: str) -> Item:
     """The document in a record's field, as a string or a list of sentences; or the texts in several fields."""
     if isinstance(field, tuple):
-        return _together([_document_of(record, name, where) for name in field])
+        return _together([_document_of(record, name, where) for name in field], where)
     return _document_of(record, field, where)
 
 
-def _together(items: list[Document | Problem]) -> Texts | Problem:
+def _together(items: list[Document | Problem], where: str) -> Texts | Problem:
     """The texts of one example, or the first thing that is wrong with one of them."""
     documents = [item for item in items if isinstance(item, Document)]
     if len(documents) == len(items):
-        return Texts(tuple(document.text for document in documents))
+        return Texts(tuple(document.text for document in documents), where)
     return next(item for item in items if isinstance(item, Problem))
 
 
@@ -262,7 +262,8 @@ def _read_aligned(piece: Piece, progress: Callable[[int], Any]) -> Iterator[Text
                         f"have as many lines"
                     )
                 bare = [line.removesuffix(b"\n").removesuffix(b"\r") for line in lines]
-                yield _together([_plain(line, 0, f"line {number}", bom=number == 1) for line in bare])
+                where = f"line {number}"
+                yield _together([_plain(line, 0, where, bom=number == 1) for line in bare], where)
         except DAMAGE as error:
             yield Problem(f"after line {number}", "truncated or damaged archive", str(error))
 
@@ -299,7 +300,7 @@ def _read_parquet(piece: Piece, field: Field, progress: Callable[[int], Any]) ->
                             else _document_of(record, name, where)
                             for name, column in zip(wanted, columns, strict=True)
                         ]
-                        yield _together(items) if isinstance(field, tuple) else items[0]
+                        yield _together(items, where) if isinstance(field, tuple) else items[0]
                 progress(piece.size // max(file.num_row_groups, 1))
     except (pa.ArrowException, OSError) as error:
         yield Problem(f"after {where}", "truncated or damaged Parquet file", str(error).splitlines()[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax.numpy as jnp
 from flax import nnx
@@ -13,6 +13,8 @@ from jaxpt.models.config import TransformerConfig
 from jaxpt.models.layers import ACTIVATIONS, Dense, Norm, zeros
 from jaxpt.models.params import Declared, constrain, initializer_of, param, specs_of, split
 from jaxpt.types import Array, Network, Params, Readout
+
+Pooling: TypeAlias = Literal["first", "mean", "last"]
 
 
 class Head(nnx.Module):
@@ -173,6 +175,31 @@ class Classifier(nnx.Module):
     def __call__(self, pooled: Array) -> Array:
         """Logits [..., classes] f32 from [..., D]."""
         return self.score(pooled.astype(jnp.float32))
+
+
+def pool(kind: Pooling, hidden: Array, segment_ids: Array) -> Array:
+    """Return the vector of each row that holds one text: the state of its first or last token, or the mean of all.
+
+    Args:
+      kind: which.
+      hidden: [R, L, D].
+      segment_ids: [R, L] i32, 0 = padding; the text stands from the first place on.
+
+    Returns:
+      [R, D], of the type of ``hidden``; the mean is taken in float32, and 0 for a row without a text.
+
+    >>> hidden = jnp.array([[[1.0], [2.0], [6.0], [9.0]]])
+    >>> [pool(kind, hidden, jnp.array([[1, 1, 1, 0]])).item() for kind in ("first", "mean", "last")]
+    [1.0, 3.0, 6.0]
+    """
+    if kind == "first":
+        return hidden[:, 0]
+    inside = segment_ids > 0
+    size = inside.sum(1, keepdims=True)
+    if kind == "mean":
+        total = jnp.sum(jnp.where(inside[..., None], hidden.astype(jnp.float32), 0), axis=1)
+        return (total / jnp.maximum(size, 1)).astype(hidden.dtype)
+    return jnp.take_along_axis(hidden, jnp.maximum(size - 1, 0)[..., None], axis=1)[:, 0]
 
 
 def pooler(config: TransformerConfig) -> Network:

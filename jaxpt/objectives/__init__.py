@@ -16,6 +16,7 @@ from jaxpt.objectives.prefix_lm import PrefixLM
 from jaxpt.objectives.replaced_token_detection import ReplacedTokenDetection
 from jaxpt.objectives.sentence_pair import SentencePair
 from jaxpt.objectives.seq2seq import Seq2Seq
+from jaxpt.objectives.simcse import SimCSE
 from jaxpt.objectives.span_corruption import SpanCorruption
 from jaxpt.types import ObjectiveConfig
 
@@ -37,5 +38,6 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "replaced_token_detection": ReplacedTokenDetection,
     "sentence_pair": SentencePair,
     "seq2seq": Seq2Seq,
+    "simcse": SimCSE,
     "span_corruption": SpanCorruption,
 }

@@ -156,6 +156,10 @@ class BlankInfilling:
             value = getattr(self, name)
             check(0 <= value <= 1, f"blank_infilling: {name} is a share in [0, 1], not {value}")
         check(
+            self.rate > 0 or not self.generation,
+            "blank_infilling: rate also sets how many ends a row has room for, so with generation it is above 0",
+        )
+        check(
             self.sentences + self.generation <= 1,
             f"blank_infilling: sentences + generation = {self.sentences + self.generation} is more than 1",
         )

@@ -245,7 +245,7 @@ class Consistency:
             self,
             encoder=without_dropout(self.encoder),
             rate=self.evaluation_rate,
-            shared=self.evaluation_rate * self.shared / self.rate,
+            shared=min(self.evaluation_rate, self.evaluation_rate * (self.shared / self.rate)),  # whatever the rounding
             ramp_steps=0,
             teacher=None,
         )
@@ -259,12 +259,14 @@ class Consistency:
             0 < self.shared <= self.rate,
             f"consistency: shared is a part of what each view selects, in (0, {self.rate}], not {self.shared}",
         )
-        taken = self.shared + self.views * (self.rate - self.shared)
-        check(
-            taken <= 1 + 1e-6,
-            f"consistency: {self.views} views take shared + views * (rate - shared) = {taken:.3g} of the tokens: lower "
-            f"rate or raise shared",
-        )
+        each = self.shared / self.rate
+        for name in ("rate", "evaluation_rate"):  # evaluation keeps the proportion of shared and rate
+            taken = getattr(self, name) * (each + self.views * (1 - each))
+            check(
+                taken <= 1 + 1e-6,
+                f"consistency: at {name}, {self.views} views take shared + views * ({name} - shared) = {taken:.3g} of "
+                f"the tokens: lower {name} or raise shared",
+            )
         check(self.mask + self.random <= 1, f"consistency: mask + random = {self.mask + self.random} is more than 1")
         check(self.temperature > 0, f"consistency: temperature must be above 0, not {self.temperature}")
         check(min(self.scale, self.ramp_steps) >= 0, "consistency: scale and ramp_steps cannot be negative")

@@ -10,6 +10,7 @@ Poisson number of words are hidden behind one [MASK] each; tokens are inserted; 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -96,7 +97,7 @@ class Denoising:
 
         def corrupt(snapshot: Snapshot, batch: Batch, key: Key) -> Example:
             raw = batch.tokens.shape[1]
-            length = next(n for n in range(raw, 2 * raw + 64) if n - self.slack(n) == raw)
+            length = next(n for n in itertools.count(raw) if n - self.slack(n) >= raw)
             arrays = batch.tokens, batch.segment_ids, batch.sentence_ids
             damaged = jax.vmap(functools.partial(damage, length))(row_keys(key, batch.row_ids), *arrays)
             targets_RL, segment_ids_RL, positions_RL = (
@@ -114,15 +115,20 @@ class Denoising:
         return replace(self, network=without_dropout(self.network))
 
     def slack(self, length: int) -> int:
-        """Slots of a row of ``length`` tokens that are kept for insertions: the mean and four deviations.
+        """Slots of a row of ``length`` tokens that are kept for growth: its mean and four deviations, if above 0.
 
-        Where spans shrink to one mask or none, the tokens that they lose pay for it, and none are kept.
+        Where every token is a unit, rate / poisson spans per token are drawn, a share e^-poisson of them insertions.
+        The others leave a mask and hide what is behind it, e^(their share - rate) of the tokens being in none of them.
+        (Spans of whole words hide more, and deleted spans leave less.)
         """
-        share = self.insert
-        if self.replace_length == EACH and self.poisson:
-            share += self.rate / self.poisson * math.exp(-self.poisson)
-        expected = share * length
-        return math.ceil(expected + 4 * math.sqrt(expected))
+        growth = variance = self.insert
+        if self.poisson:
+            spans = self.rate / self.poisson
+            inserted = spans * math.exp(-self.poisson)
+            is_each = self.replace_length == EACH
+            growth += inserted - (0 if is_each else 1 - math.exp(spans - inserted - self.rate))
+            variance += inserted if is_each else spans / self.poisson
+        return max(0, math.ceil(growth * length + 4 * math.sqrt(variance * length)))
 
     def _check(self) -> None:
         for name in ("permute", "rate", "random", "rotate"):

@@ -56,6 +56,7 @@ class GapSentences:
         end, mask_id = vocab.require("eos", "gap_sentences"), vocab.require("mask", "gap_sentences")
         lowest = self.ratio if self.lowest_ratio is None else self.lowest_ratio
         principal = self.select == "principal"
+        unknown = -1 if vocab.unk is None else vocab.unk  # special, but a word of its sentence
 
         def corrupt(snapshot: Snapshot, batch: Batch, key: Key) -> Example:
             length = batch.tokens.shape[1]
@@ -64,7 +65,7 @@ class GapSentences:
             def corrupt_row(row_key: Key, tokens_L: Array, segments_L: Array, sentences_L: Array, scores_L: Array):
                 bits_key, noise_key = jax.random.split(row_key)
                 shares = uniform(jax.random.bits(bits_key, (3, length), jnp.uint32))
-                text_L = (segments_L > 0) & ~jnp.asarray(vocab.is_special)[tokens_L]
+                text_L = (segments_L > 0) & (~jnp.asarray(vocab.is_special)[tokens_L] | (tokens_L == unknown))
                 numbers_L = number_sentences(segments_L, sentences_L)
                 if self.select == "random":
                     scores_L = shares[0][numbers_L]
@@ -112,11 +113,11 @@ def choose(scores_L: Array, ratio_S: Array, numbers_L: Array, text_L: Array, seg
       scores_L: [L] f32, the same for all tokens of a sentence; the first of equal ones is chosen first.
       ratio_S: [at least the number of documents + 1] f32, by segment id.
       numbers_L: [L] i32, the sentences of the row, 0, 1, ...
-      text_L: [L] bool: ordinary tokens; a sentence without one is none.
+      text_L: [L] bool: ordinary tokens and [UNK]; a sentence without one is none.
       segment_ids_L: [L] i32, 0 = padding.
 
     Returns:
-      [L] bool, of the ordinary tokens.
+      [L] bool, of those tokens.
 
     >>> ones, scores = jnp.ones(6, int), jnp.array([0.1, 0.1, 0.5, 0.3, 0.3, 0.3])
     >>> choose(scores, jnp.full(7, 0.4), jnp.array([0, 0, 1, 2, 2, 2]), ones > 0, ones).astype(int).tolist()

@@ -86,7 +86,7 @@ class MaskedDiffusion:
                 starts_L, parts = jnp.arange(length) == 0, 1
                 if self.block is not None:
                     starts_L = starts_of(segments_L) | (positions_L % self.block == 0)
-                    parts = -(-length // self.block)
+                    parts = length  # blocks begin anew in each document, so that a row may have this many
                 units_L = unit_ids(starts_L)
                 times_L = even_times(shift, row_id * parts + units_L.astype(jnp.uint32))
                 weights_L = hide(self.noise, self.floor, bits_L, times_L, starts_L, hideable_L)

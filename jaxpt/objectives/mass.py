@@ -22,7 +22,7 @@ from jaxpt.corruption.replace import replace as replace_tokens
 from jaxpt.corruption.rows import ordinary_ids, row_keys
 from jaxpt.models.encoder_decoder import EncoderDecoderConfig
 from jaxpt.models.presets import bart
-from jaxpt.objectives.parts import check
+from jaxpt.objectives.parts import check, check_length
 from jaxpt.objectives.sequence_to_sequence import sequence_to_sequence, sides, without_dropout
 from jaxpt.types import Array, Batch, Example, Key, Objective, Packing, RowSpec, Snapshot, Vocab
 
@@ -56,6 +56,7 @@ class MASS:
 
         def corrupt(snapshot: Snapshot, batch: Batch, key: Key) -> Example:
             length = batch.tokens.shape[1]
+            check_length(self.network.decoder, length, "mass, its decoder, which has the positions of the whole text")
             room = max(1, math.floor(self.rate * length))  # no more than all fragments together can have
 
             def corrupt_row(row_key: Key, tokens_L: Array, segment_ids_L: Array, positions_L: Array):

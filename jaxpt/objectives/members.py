@@ -142,6 +142,15 @@ def unite_rows(name: str, members: Sequence[Member], choice: str | None) -> RowS
                 f"the same, or say whose rows all of them get: rows={first!r} or rows={other!r}",
             )
         check(
+            spec.packing != "stream" or chosen.packing == "stream",
+            f"{name}: {other!r} goes on where the row before ended and needs rows packed as a stream: say "
+            f"rows={other!r}",
+        )
+        check(
+            not spec.texts or chosen.packing in ("best_fit", "one_document"),
+            f"{name}: {other!r} reads pairs, which rows packed as {chosen.packing!r} would cut: say rows={other!r}",
+        )
+        check(
             not spec.kinds,
             f"{name}: the rows of {other!r} are of several lengths, which rows that parts share or divide cannot be: "
             f"make a part of each of its kinds (of span_corruption: one denoiser per part)",
@@ -152,6 +161,7 @@ def unite_rows(name: str, members: Sequence[Member], choice: str | None) -> RowS
         chosen.suffix,
         raw_length=lambda length: min(spec.tokens(length) for spec in specs.values()),
         fields=tuple(dict.fromkeys(entry for spec in specs.values() for entry in spec.fields)),
+        texts=max(spec.texts for spec in specs.values()),
     )
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpt.models.config import TransformerConfig
+from jaxpt.objectives.parts import check
 from jaxpt.types import ROW_STATE, Array, AttentionPattern, Batch, Snapshot, Tree
 
 NEVER = -2  # the step of a memory that no row has written
@@ -43,12 +44,21 @@ def recall(size: int, pattern: AttentionPattern, snapshot: Snapshot, batch: Batc
       snapshot: whose carry holds what every layer read of those tokens, and their documents.
       batch: rows; fewer than there are memories where only some are looked at.
 
+    Raises:
+      ValueError: there are more rows than memories.
+
     Returns:
       memory ([R, N, M, D]), pattern with M keys before the others, documents ([R, M] i32, of this row's last tokens).
     """
     documents_RL, carry = batch.extras["document_ids"], snapshot.carry
     kept = carry[ROW_STATE]
-    if kept["documents"].shape[0] != documents_RL.shape[0]:
+    lanes, rows = kept["documents"].shape[0], documents_RL.shape[0]
+    check(
+        rows <= lanes,
+        f"a memory of {lanes} rows and a batch of {rows}: set rows to the batch size, which cannot change between "
+        f"phases",
+    )
+    if lanes != rows:
         kept = jax.tree.map(lambda leaf: jnp.take(leaf, batch.row_ids, axis=0, mode="clip"), kept)
     first_R1, segment_R1 = documents_RL[:, :1], batch.segment_ids[:, :1]
     goes_on_RM = (kept["documents"] == first_R1) & (segment_R1 > 0) & (carry["step"] == snapshot.step - 1)

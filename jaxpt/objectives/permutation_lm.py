@@ -85,9 +85,9 @@ class PermutationLM:
 
         def corrupt(snapshot: Snapshot, batch: Batch, key: Key) -> Example:
             length = batch.tokens.shape[1]
-            check_length(self.encoder, length, "permutation_lm")
             stretch = -(-length // self.stretches)
             room = max(1, self.selection.room(self.rate, length))
+            check_length(self.encoder, length + room, f"permutation_lm, with its {room} queries")
 
             def draw_row(row_key: Key, tokens_L: Array, segments_L: Array, sentences_L: Array, phrases_L: Array | None):
                 selection_key, order_key = jax.random.split(row_key)

@@ -46,7 +46,10 @@ class Seq2Seq:
         for name in ("source_share", "target_share"):
             value = getattr(self, name)
             check(0 < value <= 1, f"seq2seq: {name} is a share in (0, 1], not {value}")
-        check(self.packing != "concatenate", 'seq2seq: packing="concatenate" would cut pairs: choose "best_fit"')
+        check(
+            self.packing in ("best_fit", "one_document"),
+            f'seq2seq: packing="{self.packing}" would cut pairs: choose "best_fit" or "one_document"',
+        )
         end = vocab.require("eos", "seq2seq")
         widest = max(self.source_share, self.target_share)
 

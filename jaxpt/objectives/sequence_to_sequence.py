@@ -72,7 +72,6 @@ def sequence_to_sequence(
     *,
     label_smoothing: float = 0.0,
     z_loss_scale: float = 0.0,
-    likelihood: bool = False,
 ) -> Objective:
     """Return the objective of an encoder and a decoder: what is left when ``corrupt`` is written.
 
@@ -87,7 +86,6 @@ def sequence_to_sequence(
       name: of the objective, for messages.
       label_smoothing: eps of the target (1 - eps) onehot + eps / V.
       z_loss_scale: of the term (log Z)^2, 0 = none.
-      likelihood: whether the losses multiply to the likelihood of a text.
 
     Raises:
       ValueError: settings that cannot be.
@@ -124,7 +122,7 @@ def sequence_to_sequence(
         return Out(losses, token_sums(result, targets, example.weights[TERM], tables))
 
     def summary(sums: Sums) -> dict[str, Array]:
-        return token_metrics(sums.stats, likelihood)
+        return token_metrics(sums.stats, likelihood=False)
 
     def views(snapshot: Snapshot, example: Example) -> dict[str, View]:
         heard, said = read(example.inputs)

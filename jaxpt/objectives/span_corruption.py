@@ -15,7 +15,7 @@ before the inputs which one it is.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import jax
@@ -34,7 +34,7 @@ from jaxpt.models.presets import t5
 from jaxpt.objectives import parts
 from jaxpt.objectives.causal_lm import next_tokens
 from jaxpt.objectives.infilling import language_model
-from jaxpt.objectives.parts import check
+from jaxpt.objectives.parts import check, check_length
 from jaxpt.objectives.sequence_to_sequence import sequence_to_sequence, sides, without_dropout
 from jaxpt.types import (
     Array,
@@ -61,6 +61,8 @@ class SpanCorruption:
     both sides and goes on with the targets."""
     denoisers: tuple[Denoiser, ...] = (Denoiser(),)
     """What is hidden; several divide the rows of every batch, each with as much text as fills the model's length."""
+    modes: tuple[str, ...] = ("NLU", "S2S", "NLG")
+    """Names of the mode tokens: the first is the tokenizer's last sentinel, the second the one before it, and so on."""
     packing: Packing = "concatenate"
     """How documents share a row."""
     documents: int = 4
@@ -68,18 +70,20 @@ class SpanCorruption:
     for this many, and the last takes in all further documents. 1 = T5: a row is one text, whatever stands in it."""
     roll: bool = False
     """Shift the spans of each text round by a random number of tokens, so that every token is hidden equally often;
-    else the first is never hidden and the last always, and up to 30 tokens have one span, at the end."""
+    else the first is never hidden and the last always, and up to 30 tokens have one span, at the end. The one span
+    of a denoiser without ``mean`` stays there."""
     z_loss: float = 0.0
     """Scale of the term (log Z)^2; T5 uses 1e-4."""
 
     def build(self, vocab: Vocab) -> Objective:
         """The pure functions; raises ValueError for settings that cannot be and missing special tokens."""
         check_settings(self)
-        end, modes = vocab.require("eos", NAME), mode_tokens(self.denoisers, vocab)
+        end, modes = vocab.require("eos", NAME), mode_tokens(self, vocab)
+        reserved = reserved_sentinels(self)
         layout = Layout(self.denoisers, self.documents, self.roll, one_row=isinstance(self.network, TransformerConfig))
 
         def raw_length(kind: int) -> Callable[[int], int]:
-            return lambda length: enough_sentinels(plan(layout, length), modes, vocab, roll=self.roll).tokens[kind]
+            return lambda length: enough_sentinels(plan(layout, length), layout, reserved, vocab).tokens[kind]
 
         kinds = tuple(RowKind(denoiser.share, raw_length(k)) for k, denoiser in enumerate(self.denoisers))
         rows = RowSpec(self.packing, raw_length=kinds[0].raw_length, kinds=kinds if len(kinds) > 1 else ())
@@ -88,13 +92,14 @@ class SpanCorruption:
         )
 
         def both_sides(batch: Batch, key: Key) -> tuple[Side, Side, Lengths]:
-            lengths = enough_sentinels(plan_of_rows(layout, batch.tokens.shape[1]), modes, vocab, roll=self.roll)
+            lengths = enough_sentinels(plan_of_rows(layout, batch.tokens.shape[1]), layout, reserved, vocab)
+            rolled = jnp.array([layout.shifts(denoiser) for denoiser in self.denoisers])
 
             def corrupt_row(row_key: Key, kind: Array, tokens_L: Array, segment_ids_L: Array) -> tuple[Side, Side]:
                 texts_L = texts_of(segment_ids_L, jnp.array(lengths.tokens)[kind], self.documents)
                 sizes_S = text_sizes(texts_L, self.documents)
                 noise_S, spans_S = (jnp.array(table)[kind, sizes_S] for table in (lengths.noise, lengths.spans))
-                hidden_L = draw_hidden(row_key, texts_L, sizes_S, noise_S, spans_S, roll=self.roll)
+                hidden_L = draw_hidden(row_key, texts_L, sizes_S, noise_S, spans_S, roll=rolled[kind])
                 inputs = write(tokens_L, texts_L, hidden_L, size=lengths.inputs, front=jnp.array(modes)[kind])
                 return inputs, write(tokens_L, texts_L, ~hidden_L, size=lengths.targets)
 
@@ -108,6 +113,8 @@ class SpanCorruption:
 
         def corrupt_for_one(snapshot: Snapshot, batch: Batch, key: Key) -> Example:
             inputs, targets, lengths = both_sides(batch, key)
+            assert isinstance(self.network, TransformerConfig)
+            check_length(self.network, lengths.inputs, NAME)
             row, is_input_RL = jax.vmap(functools.partial(follow, size=lengths.inputs, pad=vocab.pad))(inputs, targets)
             targets_RL, weights_RL = next_tokens(row.tokens, row.segment_ids)
             made = {
@@ -143,29 +150,43 @@ def check_settings(config: SpanCorruption) -> None:
             each.mean is None or each.mean >= 1, f"{NAME}: mean of a denoiser is {each.mean}: 1 token or more, or None"
         )
         check(each.share >= 1, f"{NAME}: share of a denoiser is {each.share}: it must be at least 1")
+        check(
+            each.mode is None or each.mode in config.modes,
+            f"{NAME}: mode of a denoiser is {each.mode!r}, which is none of modes={config.modes}: add it there",
+        )
+    check(len(set(config.modes)) == len(config.modes), f"{NAME}: modes={config.modes} names one twice")
 
 
-def mode_tokens(denoisers: Sequence[Denoiser], vocab: Vocab) -> tuple[int, ...]:
-    """Return the token before each denoiser's inputs, -1 = none: the first mode takes the last sentinel, and so on.
+def mode_tokens(config: SpanCorruption, vocab: Vocab) -> tuple[int, ...]:
+    """Return the token before each denoiser's inputs, -1 = none: the first mode is the last sentinel, and so on.
+
+    A name is the same token in every configuration, so that denoisers can be parts of a mixture.
 
     >>> from jaxpt.corruption.span_plan import UL2
-    >>> mode_tokens(UL2, Vocab(9, 0, sentinels=(8, 7, 6, 5, 4, 3)))
-    (3, 3, 4, 5, 5, 5, 5)
+    >>> vocab = Vocab(9, 0, sentinels=(8, 7, 6, 5, 4, 3))
+    >>> mode_tokens(SpanCorruption(denoisers=UL2), vocab), mode_tokens(SpanCorruption(denoisers=UL2[-1:]), vocab)
+    ((3, 3, 4, 5, 5, 5, 5), (5,))
     """
-    names = dict.fromkeys(each.mode for each in denoisers if each.mode is not None)
+    count = reserved_sentinels(config)
     check(
-        len(names) < len(vocab.sentinels),
-        f"{NAME}: {len(names)} modes and at least one span need sentinel tokens and this tokenizer has "
+        count < len(vocab.sentinels),
+        f"{NAME}: {count} modes and at least one span need sentinel tokens and this tokenizer has "
         f"{len(vocab.sentinels)}: build the data with more, `jaxpt data build --sentinels N`",
     )
-    tokens = dict(zip(names, vocab.sentinels[::-1], strict=False))
-    return tuple(-1 if each.mode is None else tokens[each.mode] for each in denoisers)
+    tokens = {None: -1} | dict(zip(config.modes, vocab.sentinels[::-1], strict=False))
+    return tuple(tokens[each.mode] for each in config.denoisers)
 
 
-def enough_sentinels(lengths: Lengths, modes: tuple[int, ...], vocab: Vocab, *, roll: bool) -> Lengths:
+def reserved_sentinels(config: SpanCorruption) -> int:
+    """Return how many sentinels are modes: those of all ``modes``, as soon as one is used."""
+    return len(config.modes) if any(each.mode is not None for each in config.denoisers) else 0
+
+
+def enough_sentinels(lengths: Lengths, layout: Layout, reserved: int, vocab: Vocab) -> Lengths:
     """Return the lengths; raises ValueError where a text may have more spans than the tokenizer has sentinels."""
-    spans = int(max(table[own] for table, own in zip(lengths.spans, lengths.tokens, strict=True))) + roll
-    needed = spans + len({mode for mode in modes if mode >= 0})
+    kinds = zip(layout.denoisers, lengths.spans, lengths.tokens, strict=True)
+    spans = max(int(table[own]) + layout.shifts(denoiser) for denoiser, table, own in kinds)
+    needed = spans + reserved
     check(
         needed <= len(vocab.sentinels),
         f"{NAME}: rows of {lengths.inputs} tokens need {needed} sentinel tokens, {spans} of them for spans, and this "
@@ -191,7 +212,7 @@ def texts_of(segment_ids_L: Array, room: Array, documents: int) -> Array:
 
 
 def draw_hidden(
-    key: Key, texts_L: Array, sizes_S: Array, noise_S: Array, spans_S: Array, *, roll: bool = False
+    key: Key, texts_L: Array, sizes_S: Array, noise_S: Array, spans_S: Array, *, roll: Array | bool = False
 ) -> Array:
     """Hide spans of every text of a row, by T5's law.
 
@@ -200,7 +221,7 @@ def draw_hidden(
       texts_L: [L] i32: 1, 2, ... from the start of the row; 0 = padding.
       sizes_S: [S] i32, tokens of each text.
       noise_S, spans_S: [S] i32, tokens to hide of each, in so many spans.
-      roll: shift the spans of each text round.
+      roll: [] bool, shift the spans of each text round.
 
     Returns:
       [L] bool.
@@ -208,9 +229,7 @@ def draw_hidden(
     length, texts = texts_L.shape[0], sizes_S.shape[0]
     bits = jax.random.bits(key, (2 * length + texts,), jnp.uint32)
     hidden_L = draw_alternating(bits[: 2 * length].reshape(2, length), sizes_S, noise_S, spans_S)
-    if roll:
-        starts_L, sizes_L = before(sizes_S)[texts_L], jnp.maximum(sizes_S, 1)[texts_L]
-        shifts_S = (bits[2 * length :] % jnp.maximum(sizes_S, 1).astype(jnp.uint32)).astype(jnp.int32)
-        places_L = jnp.arange(length) - starts_L - shifts_S[texts_L]
-        hidden_L = hidden_L[starts_L + places_L % sizes_L]
-    return hidden_L & (texts_L > 0)
+    starts_L, sizes_L = before(sizes_S)[texts_L], jnp.maximum(sizes_S, 1)[texts_L]
+    shifts_S = (bits[2 * length :] % jnp.maximum(sizes_S, 1).astype(jnp.uint32)).astype(jnp.int32)
+    places_L = jnp.arange(length) - starts_L - shifts_S[texts_L] * roll
+    return hidden_L[starts_L + places_L % sizes_L] & (texts_L > 0)

@@ -126,6 +126,16 @@ def test_golden_spans(spans: dict[int, int], how: int, want: list[int]):
     assert np.asarray(written)[np.asarray(kept)].tolist() == want
 
 
+def test_a_covered_start_is_no_span_of_its_own():
+    """With a mask for each token: one coin, that of the span which began first, for all that both of them hide."""
+    ones, units = jnp.ones(8, jnp.int32), jnp.zeros(8, jnp.int32).at[1].set(3).at[3].set(3)
+    for first, want in ((False, [0, 99, 99, 99, 99, 99, 6, 7]), (True, [0, 11, 12, 13, 14, 15, 6, 7])):
+        random = jnp.zeros(8, bool).at[1].set(first).at[3].set(not first)
+        spans = Infilling(units, random, jnp.arange(10, 18), units * 0)
+        written, _ = infill(jnp.arange(8), ones > 0, ones > 0, ones, spans, EACH, 99)
+        assert written.tolist() == want
+
+
 def test_spans_stop_at_other_documents_and_special_tokens():
     tokens = jnp.array([10, 11, 12, 20, 21, 5, 22, 0])  # no end between the documents, [SEP] inside the second
     segments = jnp.array([1, 1, 1, 2, 2, 2, 2, 0])

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from jaxpt.data.build import BuildConfig, build
-from jaxpt.data.gaps import rouge_scores
+from jaxpt.data.gaps import encoded_gap_scores, rouge_scores
 from jaxpt.data.manifest import decode_document, encode_document
+from jaxpt.data.phrases import SPELLINGS, TABLES
 from jaxpt.data.pipeline import Phase, Pipeline, Source
 from jaxpt.data.tokenizer import load_tokenizer
 from jaxpt.types import RowSpec
@@ -46,7 +47,7 @@ TEXTS = [
 
 @pytest.mark.parametrize("phrases", [False, True])
 def test_from_text_to_batches(tmp_path: Path, phrases: bool):
-    """Every token of a sentence has its score; what stands around a document has none that matters."""
+    """Every token of a sentence has its score, as a share of the highest of its document."""
     path = tmp_path / "in.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     options = {"model": "byte", "validation": 0.0, "workers": 1, "gap_scores": True}
@@ -76,13 +77,31 @@ def test_from_text_to_batches(tmp_path: Path, phrases: bool):
                     ).split()
                     for s in range(numbers.max() + 1)
                 ]
-                for s, words in enumerate(sentences):
-                    rest = [word for other, found in enumerate(sentences) if other != s for word in found]
+                want = [
+                    rouge_1_f(words, [w for other, found in enumerate(sentences) if other != s for w in found])
+                    for s, words in enumerate(sentences)
+                ]
+                for s, score in enumerate(want):
                     found = np.unique(scores[row][inside][numbers == s])
                     assert len(found) == 1
-                    assert found[0] == pytest.approx(rouge_1_f(words, rest), abs=0.5 / 255 + 1e-6)
+                    assert found[0] == pytest.approx(score / (max(want) or 1), abs=0.5 / 255 + 1e-6)
                 seen.add(text)
     assert seen == set(TEXTS)
+
+
+def test_sentences_of_a_long_document_keep_their_order(tmp_path: Path):
+    """Of 2000 sentences no score is above 2 / 255, and still they differ."""
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(3, 12, 2000)
+    tokens = (rng.zipf(1.5, sizes.sum()) % 500 + 1).astype(np.uint16)  # a word each
+    sentences = np.repeat(np.arange(2000), sizes)
+    np.save(tmp_path / SPELLINGS, np.arange(501))
+    np.save(tmp_path / TABLES, np.ones((2, 501), bool))
+    record = encode_document(tokens, np.diff(sentences, prepend=-1) > 0)
+    kept = np.frombuffer(encoded_gap_scores([record], "uint16", tmp_path)[0], np.uint8)
+    scores = rouge_scores(tokens, sentences, 2000)
+    assert scores.max() < 2 / 255 and kept.max() == 255 and len(np.unique(kept)) > 5
+    np.testing.assert_allclose(kept / 255, (scores / scores.max())[sentences], atol=0.5 / 255 + 1e-9)
 
 
 def test_records_keep_bits_and_bytes_apart():

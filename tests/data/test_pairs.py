@@ -112,6 +112,8 @@ def test_patterns_pair_files_in_their_order(tmp_path: Path):
     (tmp_path / "2.de").unlink()
     with pytest.raises(ValueError, match="not as many"):
         list_aligned((str(tmp_path / "*.en"), str(tmp_path / "*.de")))
+    with pytest.raises(ValueError, match=r"^--aligned .*3\.en: there is no such file"):
+        list_aligned((str(tmp_path / "3.en"), str(tmp_path / "1.de")))
 
 
 def test_long_texts_are_skipped_or_cut_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -119,7 +121,9 @@ def test_long_texts_are_skipped_or_cut_and_counted(tmp_path: Path, capsys: pytes
     options = {"input": json_lines(tmp_path, records), "fields": ("s", "t"), "validation": 0.0}
     skipped = built(tmp_path / "skip", **options, text_tokens=(8, 6))
     assert texts_of(skipped) == [("aaa", "bbbbb"), ("a" * 8, "bbbbb")]
-    assert skipped.skipped["longer than --text-tokens"]["count"] == 2
+    long = skipped.skipped["longer than --text-tokens"]
+    assert long["count"] == 2
+    assert [line.split(": ")[1] for line in long["examples"]] == ["line 3", "line 4"]
     cut = built(tmp_path / "cut", **options, text_tokens=(8,), long_texts="cut")
     assert texts_of(cut) == [("a", "b" * 8), ("aaa", "bbbbb"), ("a" * 8, "bbbbb")]  # the 12 are cut to 8, too
     assert cut.texts["cut"] == 2 and not cut.skipped

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -17,6 +18,7 @@ from jaxpt.config import RunConfig, config_types, from_json, override, to_json, 
 from jaxpt.corruption.rows import row_keys
 from jaxpt.objectives import CausalLM, MaskedLM, Mixture, Multitask
 from jaxpt.objectives.combine import Portion, Task
+from jaxpt.objectives.members import unite_rows
 from jaxpt.objectives.schedules import Cosine, Exponential, Linear, Stairs, WarmUp
 from jaxpt.step import Gradient, batch_gradient, finish, initial_state, make_eval_step, make_example, make_train_step
 from jaxpt.types import Batch, Example, Objective, Out, Packing, ParamSpec, RowSpec, Snapshot
@@ -366,6 +368,20 @@ def test_rows_have_room_and_fields_for_every_part():
     rows = Multitask(parts, rows=None).build(VOCAB).rows
     assert rows.tokens(64) == 59
     assert rows.fields == ("phrase_starts", "document_ids")
+
+
+def test_streams_and_pairs_stay_whole():
+    def united(first: RowSpec, second: RowSpec) -> RowSpec:
+        members = [SimpleNamespace(name=n, objective=SimpleNamespace(rows=r)) for n, r in (("a", first), ("b", second))]
+        return unite_rows("mixture", members, "a")
+
+    stream, pairs = RowSpec("stream"), RowSpec("best_fit", texts=2)
+    assert united(stream, RowSpec()).packing == "stream"
+    assert united(pairs, RowSpec("best_fit")).texts == united(RowSpec("best_fit"), pairs).texts == 2
+    with pytest.raises(ValueError, match="'b' goes on where the row before ended"):
+        united(RowSpec(), stream)
+    with pytest.raises(ValueError, match="'b' reads pairs, which rows packed as 'concatenate' would cut"):
+        united(RowSpec(), pairs)
 
 
 def test_names_are_checked():

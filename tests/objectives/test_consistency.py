@@ -305,11 +305,17 @@ def test_views_show_every_view():
         np.testing.assert_array_equal(view.weights, example.weights["mlm"][:, v])
 
 
+@pytest.mark.parametrize("rate", [0.025, 0.05, 0.1])
+def test_evaluation_is_allowed_whatever_the_rounding(rate):
+    with_(rate=rate, shared=rate, evaluation_rate=0.1).for_evaluation().build(VOCAB)
+
+
 def test_what_cannot_be_is_refused():
     for changes, message in (
         ({"shared": 0.4}, r"shared is a part of what each view selects, in \(0, 0.3\], not 0.4"),
         ({"views": 1}, "at least 2, not 1"),
-        ({"rate": 0.8}, "2 views take .* = 1.45 of the tokens"),
+        ({"rate": 0.8}, "at rate, 2 views take .* = 1.45 of the tokens"),
+        ({"views": 8, "rate": 0.11, "shared": 0.02}, "at evaluation_rate, 8 views take .*: lower evaluation_rate"),
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"teacher": MovingAverage(), "stop_gradient": "second"}, "a teacher has no gradient"),
         ({"mask": 0.9, "random": 0.2}, "more than 1"),

@@ -89,6 +89,17 @@ def test_a_document_of_one_sentence_has_no_gap():
     assert all_but_one.tolist() == [False, True, True, True, True]
 
 
+def test_an_unknown_word_belongs_to_its_sentence():
+    """It is masked and asked for with the sentence, and does not cut it in two."""
+    tokens = np.array([[20, VOCAB.unk, 21, 30, 31, EOS]], np.int32)
+    ones, ids = np.ones_like(tokens), np.zeros(1, np.uint32)
+    sentences = np.array([[0, 0, 0, 1, 1, 1]], np.int32)
+    batch = Batch(tokens, ones, np.arange(6)[None], sentences, ids, ids.astype(np.int32), np.ones(1, np.float32))
+    example = corrupted(GapSentences(select="lead", ratio=0.5, intact=0.0, target=1.0), batch)
+    assert example.inputs["tokens"].tolist() == [[MASK, 30, 31, EOS, VOCAB.pad, VOCAB.pad]]
+    assert example.inputs["targets"].tolist() == [[20, VOCAB.unk, 21, EOS, VOCAB.pad, VOCAB.pad]]
+
+
 def test_long_targets_are_cut_to_their_share():
     config = GapSentences(ratio=0.9, intact=0.0, target=0.25)
     batch = a_batch(config)

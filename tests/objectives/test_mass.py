@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,6 +83,16 @@ def test_what_stands_in_the_encoder():
     assert np.sum(example.inputs["tokens"] == VOCAB.mask) / count == pytest.approx(0.8, abs=4 * (0.16 / count) ** 0.5)
     others = np.sum((example.inputs["tokens"] != batch.tokens) & (example.inputs["tokens"] != VOCAB.mask))
     assert others / count == pytest.approx(0.1, abs=4 * (0.09 / count) ** 0.5 + 0.01)  # a random token may be the same
+
+
+def test_the_decoder_needs_positions_for_the_whole_text():
+    """Its row is half as long as the text, and its positions are the text's."""
+    short = dataclasses.replace(MASS().network.decoder, max_length=100)
+    config = MASS(network=dataclasses.replace(MASS().network, decoder=short))
+    objective = config.build(VOCAB)
+    batch = packed_batch(objective.rows, VOCAB, length=120, size=2)
+    with pytest.raises(ValueError, match=r"mass, its decoder.*: rows of 120 tokens, but .* max_length=100"):
+        objective.corrupt(Snapshot({}, {}, jnp.int32(0)), batch, jax.random.key(1))
 
 
 @pytest.mark.parametrize("change", [{"rate": 2.0}, {"at_start": 0.7, "at_end": 0.7}, {"block": 0}])

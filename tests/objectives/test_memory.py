@@ -173,7 +173,10 @@ def test_another_number_of_rows_is_refused():
     batch = jax.tree.map(lambda leaf: leaf[:4], batch_of(0))
     with pytest.raises(ValueError, match="rows=8, and the batch has 4: set rows to 4"):
         jax.eval_shape(make_train_step(OBJECTIVE, parts()[1], OBJECTIVE.specs, seed=0), fresh(), batch)
-    # but some rows can be looked at
     snapshot = Snapshot(fresh().params, fresh().carry, jnp.int32(0))
+    more = jax.tree.map(lambda leaf: np.concatenate([leaf, leaf]), batch_of(0))
+    with pytest.raises(ValueError, match="a memory of 8 rows and a batch of 16"):
+        jax.eval_shape(OBJECTIVE.corrupt, snapshot, more, jax.random.key(0))
+    # but some rows can be looked at
     example = jax.eval_shape(OBJECTIVE.corrupt, snapshot, batch, jax.random.key(0))
     assert example.inputs["memory"].shape[0] == 4

@@ -126,7 +126,9 @@ def test_a_person_sees_a_pair_of_their_own_texts():
         text_row(["alone"], tokenizer, rows, 16, 0, 0)
 
 
-@pytest.mark.parametrize("change", [{"source_share": 0.0}, {"target_share": 1.5}, {"packing": "concatenate"}])
+@pytest.mark.parametrize(
+    "change", [{"source_share": 0.0}, {"target_share": 1.5}, {"packing": "concatenate"}, {"packing": "stream"}]
+)
 def test_impossible_settings(change: dict):
     with pytest.raises(ValueError, match=f"seq2seq: {next(iter(change))}"):
         Seq2Seq(**change).build(VOCAB)

@@ -355,7 +355,7 @@ def corrupted(config: SpanCorruption, batch: Batch) -> Example:
 def test_no_text_is_ever_cut(config: SpanCorruption, length: int):
     """Whatever the documents' sizes, both sides of a full row hold all of it, and T5's inputs fill the length."""
     batch, example = rows_of(config, length)
-    sentinels, modes = set(VOCAB.sentinels), set(mode_tokens(config.denoisers, VOCAB))
+    sentinels, modes = set(VOCAB.sentinels), set(mode_tokens(config, VOCAB))
     inputs, weights, filled = example.inputs, example.weights["lm"], []
     for row in range(len(batch.tokens)):
         texts = np.minimum(batch.segment_ids[row], config.documents)
@@ -386,7 +386,9 @@ def test_no_text_is_ever_cut(config: SpanCorruption, length: int):
 def test_ul2_rows_have_their_modes_and_shares():
     config = dataclasses.replace(CONFIG, denoisers=UL2, documents=1)
     nlu, s2s, nlg = VOCAB.sentinels[::-1][:3]
-    assert mode_tokens(UL2, VOCAB) == (nlu, nlu, s2s, nlg, nlg, nlg, nlg)
+    assert mode_tokens(config, VOCAB) == (nlu, nlu, s2s, nlg, nlg, nlg, nlg)
+    for each, token in zip(UL2, mode_tokens(config, VOCAB), strict=True):  # alone, as a part of a mixture
+        assert mode_tokens(dataclasses.replace(config, denoisers=(each,)), VOCAB) == (token,)
     batch, example = rows_of(config, 50, rows=14)
     inputs = example.inputs
     assert inputs["tokens"][:, 0].tolist() == [nlu] * 4 + [s2s] * 2 + [nlg] * 8
@@ -410,9 +412,21 @@ def test_evaluation_is_the_first_denoiser_with_its_mode():
     judge = config.for_evaluation()
     assert judge.denoisers == UL2[:1] and judge.z_loss == 0
     assert judge.build(VOCAB).rows.kinds == () and set(judge.build(VOCAB).scale) == {"lm"}
-    assert mode_tokens(judge.denoisers, VOCAB)[0] == mode_tokens(UL2, VOCAB)[0]
+    assert mode_tokens(judge, VOCAB)[0] == mode_tokens(config, VOCAB)[0]
     alone = dataclasses.replace(config, network=dataclasses.replace(DECODER, dropout=0.1)).for_evaluation()
     assert isinstance(alone.network, TransformerConfig) and alone.network.dropout == 0
+
+
+def test_the_end_of_a_prefix_language_model_is_not_rolled():
+    """Beside rolled spans: of one row of each kind, the second one's targets are the last quarter."""
+    config = dataclasses.replace(CONFIG, denoisers=(Denoiser(), Denoiser(0.25, None)), documents=1, roll=True)
+    batch, example = rows_of(config, 40, rows=8)
+    room = config.build(VOCAB).rows.each_kind()[1].tokens(40)
+    hidden = round(room / 4)
+    for row in range(4, 8):
+        said = [VOCAB.sentinels[0], *batch.tokens[row, room - hidden : room].tolist(), VOCAB.eos]
+        assert example.inputs["targets"][row][: len(said)].tolist() == said
+        assert (example.inputs["segment_ids"][row] > 0).sum() == room - hidden + 2  # nothing is kept for a second span
 
 
 def test_one_decoder_reads_the_published_row():
@@ -469,12 +483,17 @@ def test_settings_that_cannot_be_are_refused():
         ({"denoisers": (Denoiser(rate=1.0),)}, "rate of a denoiser"),
         ({"denoisers": (Denoiser(mean=0.5),)}, "mean of a denoiser is 0.5"),
         ({"denoisers": (Denoiser(share=0),)}, "share of a denoiser is 0"),
+        ({"denoisers": (Denoiser(mode="R"),)}, r"mode of a denoiser is 'R', which is none of modes=\('NLU', "),
+        ({"modes": ("R", "R")}, "names one twice"),
         ({"documents": 0}, "documents is 0"),
         ({"z_loss": -1.0}, "z_loss is a scale and cannot be negative"),
     ]
     for change, message in cases:
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(CONFIG, **change).build(VOCAB)
+    short = dataclasses.replace(CONFIG, network=dataclasses.replace(DECODER, positions="learned", max_length=16))
+    with pytest.raises(ValueError, match="rows of 40 tokens, but the learned position table has max_length=16"):
+        corrupted(short, packed_batch(short.build(VOCAB).rows, VOCAB, 40, 2))
     with pytest.raises(ValueError, match=r"needs a \[EOS\] token"):
         CONFIG.build(dataclasses.replace(VOCAB, eos=None))
 
@@ -493,6 +512,10 @@ def test_too_few_sentinels_are_refused_with_the_number_that_is_needed():
         dataclasses.replace(CONFIG, documents=1, roll=True).build(tiny_vocab(1000, sentinels=28)).rows.tokens(512)
     with pytest.raises(ValueError, match="3 modes and at least one span need sentinel tokens"):
         config.build(tiny_vocab(sentinels=3))
+    alone = dataclasses.replace(config, denoisers=UL2[1:2])  # 11 spans; all modes are reserved, as beside the others
+    assert alone.build(tiny_vocab(1000, sentinels=14)).rows.tokens(512) == 587
+    with pytest.raises(ValueError, match="need 14 sentinel tokens"):
+        alone.build(tiny_vocab(1000, sentinels=13)).rows.tokens(512)
 
 
 def test_a_mixture_asks_for_one_denoiser_per_part():
