@@ -88,7 +88,7 @@ def run_config(arm: str, data: str, seed: int, steps: int, out: str) -> RunConfi
         out=out,
         log_every=max(1, steps // 20),
         eval_every=0,
-        eval_rows=256,
+        eval_rows=64,
         checkpoint_every=steps,
         keep=1,
     )
@@ -208,10 +208,10 @@ def features(
     width = PASSAGE + len(before) + len(after)
 
     @jax.jit
-    def average(tokens_RL: Any, segments_RL: Any, inside_RL: Any) -> Any:
+    def average(params: Params, tokens_RL: Any, segments_RL: Any, inside_RL: Any) -> Any:
         places_RL = jnp.broadcast_to(jnp.arange(width), tokens_RL.shape)
         pattern = (patterns.causal if causal else patterns.bidirectional)(segments_RL, places_RL)
-        _, layers_NRLD = network.apply(trunk, tokens_RL, pattern, places_RL, return_layers=True)
+        _, layers_NRLD = network.apply(params, tokens_RL, pattern, places_RL, return_layers=True)
         sums_NRD = jnp.einsum("nrld,rl->nrd", layers_NRLD, inside_RL)
         return (sums_NRD / inside_RL.sum(1)[:, None]).transpose(1, 0, 2).reshape(len(tokens_RL), -1)
 
@@ -224,7 +224,7 @@ def features(
             line = [*before, *text, *after]
             tokens[row, : len(line)], segments[row, : len(line)] = line, 1
             inside[row] = (np.arange(width) >= len(before)) & (np.arange(width) < len(before) + len(text))
-        found.append(np.asarray(average(tokens, segments, np.maximum(inside, 1e-9)))[: len(chunk)])
+        found.append(np.asarray(average(trunk, tokens, segments, np.maximum(inside, 1e-9)))[: len(chunk)])
     return np.concatenate(found)
 
 
