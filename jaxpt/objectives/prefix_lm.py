@@ -18,16 +18,14 @@ import jax.numpy as jnp
 from jaxpt.corruption.pieces import Pieces, describe_pieces
 from jaxpt.corruption.rows import describe, row_keys
 from jaxpt.corruption.selection import FixedCount
-from jaxpt.losses.token_metrics import token_metrics, token_sums, token_tables
+from jaxpt.losses.token_metrics import token_metrics
 from jaxpt.models.config import TransformerConfig
-from jaxpt.models.heads import lm_head
 from jaxpt.models.patterns import prefix
 from jaxpt.models.presets import gpt2
-from jaxpt.models.transformer import transformer
 from jaxpt.objectives.causal_lm import next_tokens
-from jaxpt.objectives.infilling import predict, view_of
-from jaxpt.objectives.parts import check, check_length, initializer_of, specs_of, without_dropout
-from jaxpt.types import Array, Batch, Example, Key, Objective, Out, Packing, RowSpec, Snapshot, Sums, View, Vocab
+from jaxpt.objectives.infilling import language_model
+from jaxpt.objectives.parts import check, check_length, without_dropout
+from jaxpt.types import Array, Batch, Example, Key, Objective, Packing, RowSpec, Snapshot, Vocab
 
 
 @dataclass(frozen=True)
@@ -51,9 +49,6 @@ class PrefixLM:
         check(0 <= self.prefix_mask < 1, f"prefix_lm: prefix_mask is a share in [0, 1), not {self.prefix_mask}")
         end = vocab.require("eos", "prefix_lm")
         mask_id = vocab.require("mask", "prefix_lm with prefix_mask") if self.prefix_mask else vocab.pad
-        decoder, head = transformer(self.decoder, vocab.size), lm_head(self.decoder, vocab.size)
-        networks = {"trunk": decoder, "head": head}
-        tables = token_tables(vocab)
 
         def corrupt(snapshot: Snapshot, batch: Batch, key: Key) -> Example:
             check_length(self.decoder, batch.tokens.shape[1], "prefix_lm")
@@ -83,27 +78,11 @@ class PrefixLM:
             }
             return Example(inputs, batch.row_ids, weights={"lm": weights_RL + hidden_RL})
 
-        def loss(snapshot: Snapshot, example: Example, keys: Array) -> Out:
-            result = predict(decoder, head, snapshot.params, example.inputs, keys)
-            sums = token_sums(result, example.inputs["targets"], example.weights["lm"], tables)
-            return Out({"lm": result.loss}, sums)
+        def metrics(sums: dict[str, Array]) -> dict[str, Array]:
+            return token_metrics(sums, likelihood=not self.prefix_mask)
 
-        def summary(sums: Sums) -> dict[str, Array]:
-            return token_metrics(sums.stats, likelihood=not self.prefix_mask)
-
-        def views(snapshot: Snapshot, example: Example) -> dict[str, View]:
-            return {"decoder": view_of(example, "lm")}
-
-        return Objective(
-            rows=RowSpec(self.packing, suffix=(end,)),
-            specs=specs_of(networks),
-            init=initializer_of(networks),
-            corrupt=corrupt,
-            loss=loss,
-            scale={"lm": 1.0},
-            summary=summary,
-            views=views,
-        )
+        rows = RowSpec(self.packing, suffix=(end,))
+        return language_model(self.decoder, vocab, rows, corrupt, metrics=metrics)
 
     def for_evaluation(self) -> PrefixLM:
         """No dropout and nothing hidden in the prefix: the loss is of the suffix."""
