@@ -1,10 +1,10 @@
 """Eight virtual CPU devices for every test, cheap compilation, and one compilation cache for the whole session."""
 
 import gc
+import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -15,7 +15,9 @@ import jax
 import pytest
 
 CACHE = "JAXPT_TEST_CACHE"  # set by the first process, inherited by the workers of pytest-xdist
-MAPS = 20_000  # mapped regions beyond which a worker forgets compiled programs after a file; Linux allows 65,530
+MAPS = 30_000  # mapped regions beyond which a worker forgets compiled programs; Linux allows 65,530
+EVERY = 10  # tests between two looks
+FINISHED = itertools.count(1)
 
 jax.config.update("jax_num_cpu_devices", 8)
 # Programs with collectives that overlap on a few cores can starve each other of threads.
@@ -33,11 +35,9 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def forget_programs() -> Iterator[None]:
-    """Keep a worker small: every compiled program maps several regions and keeps memory; files share few of them."""
-    yield
+def pytest_runtest_teardown() -> None:
+    """Keep a worker small: every compiled program maps several regions and keeps memory, and files share few."""
     maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_text().count("\n") > MAPS:
+    if next(FINISHED) % EVERY == 0 and maps.exists() and maps.read_text().count("\n") > MAPS:
         jax.clear_caches()
         gc.collect()
