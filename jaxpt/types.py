@@ -341,6 +341,10 @@ class Objective(NamedTuple):
     advance: Callable[[Snapshot, dict[str, Array], Example], tuple[Params, Tree]] | None = None
     summary: Callable[[Sums], dict[str, Array]] | None = None
     views: Callable[[Snapshot, Example], dict[str, View]] | None = None  # for people; nothing is trained by it
+    # (snapshot, batch, text) -> the vectors [R, E] f32 of texts. Every row of the batch holds one, from its first place
+    # on and of at most two tokens less than the model's length; ``text`` says for which of the texts of an example it
+    # stands (0: the first, or the only one), where they are read by different networks.
+    embed: Callable[[Snapshot, Batch, int], Array] | None = None
 
 
 @runtime_checkable

@@ -187,6 +187,25 @@ def test_metrics_are_finished_from_sums(this: Case):
     assert all(np.isfinite(value) and np.ndim(value) == 0 for value in metrics.values()), metrics
 
 
+def test_the_vector_of_a_text_is_its_own(this: Case):
+    """Neither other rows nor padding nor the place in the batch change it, and other words do."""
+    judge = this.config.for_evaluation().build(VOCAB)
+    if judge.embed is None:
+        pytest.skip("makes no vectors")
+    first = this.batch.segment_ids == 1
+    texts = {"tokens": np.where(first, this.batch.tokens, 0), "segment_ids": first.astype(np.int32)}
+    batch = this.batch._replace(**texts, sentence_ids=np.zeros_like(this.batch.tokens))
+    snapshot = Snapshot(this.params, {}, jnp.zeros((), jnp.int32))
+    embed = jax.jit(lambda batch: judge.embed(snapshot, batch, 0))
+    vectors = jax.device_get(embed(batch))
+    assert vectors.ndim == 2 and vectors.dtype == np.float32 and (np.abs(vectors).max(1) > 0).all()
+    order = np.array([3, 1, 0, 2, 7, 6, 5, 4])
+    moved = batch._replace(tokens=np.where(first, batch.tokens, 9)[order], segment_ids=batch.segment_ids[order])
+    np.testing.assert_allclose(embed(moved), vectors[order], rtol=1e-5, atol=1e-6)
+    changed = np.asarray(embed(other_tokens(batch, np.arange(8)[:, None] == 3)) != vectors).any(1)
+    assert changed.tolist() == [row == 3 for row in range(8)]
+
+
 # ------------------------------------------------------------------------------- devices and microbatches
 
 

@@ -214,6 +214,25 @@ def sigmoid_pairs(
     return Contrast(jax.nn.softplus(-target_R - bias) + parts[0].sum(0), _correct(target_R, parts[1]))
 
 
+def potential(units_RE: Array, valid_R: Array, *, blocks: int | None = None) -> Array:
+    """Return the Gaussian potential of each vector, sum over the others of exp(-2 |u - v|^2) (arXiv:2005.10242).
+
+    Args:
+      units_RE: [R, E] of length 1.
+      valid_R: [R], 0 = not among the others.
+      blocks: as of ``info_nce``.
+
+    >>> [round(float(jnp.log(value)), 4) for value in potential(jnp.array([[1.0, 0.0], [-1.0, 0.0]]), jnp.ones(2))]
+    [-8.0, -8.0]
+    """
+
+    def reduce(logits_RK: Array, negative_RK: Array) -> Array:
+        return jnp.sum(jnp.where(negative_RK, jnp.exp(logits_RK - 4.0), 0.0), axis=-1)  # |u - v|^2 = 2 - 2 <u, v>
+
+    candidates = _candidates(units_RE, valid_R, None, None)
+    return _over_negatives(reduce, units_RE, jnp.arange(len(units_RE)), None, candidates, 4.0, 0.0, blocks).sum(0)
+
+
 # ------------------------------------------------------------------------------------------ similarities
 
 

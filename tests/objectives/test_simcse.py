@@ -18,7 +18,8 @@ from jaxpt.models.config import TransformerConfig
 from jaxpt.models.heads import pool
 from jaxpt.models.patterns import bidirectional
 from jaxpt.models.transformer import transformer
-from jaxpt.objectives.simcse import SimCSE, enclose
+from jaxpt.objectives.simcse import SimCSE
+from jaxpt.objectives.text_vectors import Texts, enclose, vector_metrics
 from jaxpt.step import batch_gradient, make_eval_step, make_example
 from jaxpt.types import Batch, Snapshot
 
@@ -60,12 +61,11 @@ def run(config: SimCSE = CONFIG, batch: Batch = BATCH, seed: int = 0):
 def test_a_text_stands_between_cls_and_sep():
     """A piece of a long document has both, too, and the longest text fits."""
     tokens = jnp.array([[7, 8, 9], [7, 8, 0], [0, 0, 0]])
-    got, segment_ids = enclose(tokens, jnp.array([[1, 1, 1], [1, 1, 0], [0, 0, 0]]), 4, 5, 0)
+    got, segment_ids = enclose(Texts(tokens, jnp.array([[1, 1, 1], [1, 1, 0], [0, 0, 0]])), 4, 5, 0)
     assert got.tolist() == [[4, 7, 8, 9, 5], [4, 7, 8, 5, 0], [0, 0, 0, 0, 0]]
     assert segment_ids.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [0, 0, 0, 0, 0]]
     example = run()[0]
     assert example.inputs["tokens"].shape == (8, 16)
-    np.testing.assert_array_equal(example.inputs["positions"][0, :4], range(4))
 
 
 def test_the_views_differ_by_dropout_alone():
@@ -89,9 +89,13 @@ def test_the_loss_is_a_cross_entropy_over_the_batch():
     want = optax.softmax_cross_entropy_with_integer_labels(20 * first @ second.T, np.arange(8))
     np.testing.assert_allclose(losses, want, rtol=1e-3, atol=1e-4)
     assert stats["texts_apart"] == pytest.approx(np.square(first - second).sum(), rel=1e-3)
+    metrics = vector_metrics(stats)
     others = (first @ first.T)[~np.eye(8, dtype=bool)]
-    assert stats["text_cosines"] == pytest.approx(others.sum(), rel=1e-3)
-    assert stats["text_pairs"] == 56 and stats["texts"] == 8
+    assert metrics["cosine_of_others"] == pytest.approx(others.mean(), rel=1e-3)
+    assert metrics["uniformity"] == pytest.approx(np.log(np.exp(4 * others - 4).mean()), rel=1e-3)
+    spectrum = np.linalg.eigvalsh(np.cov(first.T, bias=True))
+    assert metrics["effective_rank"] == pytest.approx(spectrum.sum() ** 2 / np.square(spectrum).sum(), rel=1e-3)
+    assert metrics["spread"] == pytest.approx(spectrum.sum(), rel=1e-3)
 
 
 def test_equal_texts_and_empty_rows_are_nobodys_negatives():
@@ -106,7 +110,7 @@ def test_equal_texts_and_empty_rows_are_nobodys_negatives():
         want = np.log(np.exp(logits[row, [row, *negatives]]).sum()) - logits[row, row]
         assert losses[row] == pytest.approx(want, rel=1e-3, abs=1e-5)
     assert example.weights["contrastive"].tolist() == [1, 1, 1, 1, 1, 0, 1, 1]
-    assert stats["texts"] == 7
+    assert stats["vectors"] == 7
 
 
 @pytest.mark.parametrize("pooling", ["first", "mean", "last"])
@@ -117,7 +121,7 @@ def test_vectors_are_pooled_states(pooling):
     assert judge.mlp == "none" and dataclasses.replace(config, mlp="always").for_evaluation().mlp == "always"
     example, vectors, *_ = run(judge)
     inputs = example.inputs
-    told = inputs["segment_ids"], inputs["positions"]
+    told = inputs["segment_ids"], Texts(inputs["tokens"], inputs["segment_ids"]).positions
     quiet = dataclasses.replace(ENCODER, dropout=0.0)
     apply = jax.jit(transformer(quiet, VOCAB.size).apply)
     hidden = apply(params()["trunk"], inputs["tokens"], bidirectional(*told), told[1])
@@ -142,7 +146,9 @@ def test_untrained_vectors_cost_the_log_of_the_batch():
     same["mlp"]["transform"]["bias"] += 1.0
     losses, stats = jax.device_get(passes(CONFIG)(same, BATCH, jax.random.key(0)))[2:4]
     np.testing.assert_allclose(losses, np.log(8), rtol=1e-5)
-    assert stats["text_cosines"] == pytest.approx(56, rel=1e-5)
+    metrics = vector_metrics(stats)
+    assert metrics["cosine_of_others"] == pytest.approx(1, rel=1e-5)
+    assert metrics["uniformity"] == pytest.approx(0, abs=1e-4) and metrics["spread"] < 1e-5
 
 
 def test_evaluation_reads_the_parameters_of_training():
