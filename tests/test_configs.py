@@ -133,6 +133,9 @@ ALIKE = {
     "t5_large",
     "t5_v1_1_base",
     "llama_7b",
+    "bart_base",
+    "ul2_base",
+    "gpt_bert",
 }
 
 

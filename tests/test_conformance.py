@@ -110,7 +110,7 @@ def test_terms_agree_in_name_and_shape(this: Case):
 def test_deterministic(this: Case):
     chex.assert_trees_all_equal(probe_of(this), probe_of(this))
     first, second = probe_of(this).example, probe_of(this, seed=6).example
-    if this.name not in ("causal_lm", "seq2seq", "simcse", "span_corruption"):  # which draw nothing, of short texts
+    if this.name not in ("causal_lm", "cpc", "seq2seq", "simcse", "span_corruption"):  # draw nothing, of short texts
         assert any((a != b).any() for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
 
 
@@ -150,7 +150,7 @@ def test_nothing_crosses_a_document(this: Case):
         same = [np.asarray(out.out.losses[term] == loss)[scored] for out in outs]
         assert (same[0] | same[1]).all()
         assert (~same[0]).any(), "the words of the first document matter to its own losses"
-        assert (~same[1]).any()
+        assert (~same[1]).any() == (this.batch.segment_ids > 1).any()
 
 
 def test_rows_are_independent(this: Case):
@@ -172,7 +172,8 @@ def test_every_parameter_learns(this: Case):
 
 def test_metrics_are_finished_from_sums(this: Case):
     """The sums of two halves add to those of the whole, and so do their metrics."""
-    eval_step = jax.jit(make_eval_step(this.config.for_evaluation().build(VOCAB), seed=0))
+    judge = this.config.for_evaluation().build(VOCAB)
+    eval_step = jax.jit(make_eval_step(judge, seed=0))
     carry = this.objective.start(this.params, jax.random.key(1)) if this.objective.start else {}
     step = jnp.zeros((), jnp.int32)
     ones, zeros = np.ones(4, np.float32), np.zeros(4, np.float32)
@@ -180,10 +181,10 @@ def test_metrics_are_finished_from_sums(this: Case):
         eval_step(this.params, carry, step, this.batch._replace(valid=valid))
         for valid in (this.batch.valid, np.concatenate([ones, zeros]), np.concatenate([zeros, ones]))
     )
-    if this.objective.couple is None:
+    if judge.couple is None:
         added: Sums = jax.tree.map(jnp.add, upper, lower)
         chex.assert_trees_all_close(added, whole, rtol=1e-5)
-    metrics = finish(this.objective, whole)
+    metrics = finish(judge, whole)
     assert all(np.isfinite(value) and np.ndim(value) == 0 for value in metrics.values()), metrics
 
 
@@ -192,9 +193,10 @@ def test_the_vector_of_a_text_is_its_own(this: Case):
     judge = this.config.for_evaluation().build(VOCAB)
     if judge.embed is None:
         pytest.skip("makes no vectors")
-    first = this.batch.segment_ids == 1
-    texts = {"tokens": np.where(first, this.batch.tokens, 0), "segment_ids": first.astype(np.int32)}
-    batch = this.batch._replace(**texts, sentence_ids=np.zeros_like(this.batch.tokens))
+    batch = jax.tree.map(lambda leaf: leaf[:, : LENGTH - 2] if leaf.ndim == 2 else leaf, this.batch)
+    first = batch.segment_ids == 1
+    texts = {"tokens": np.where(first, batch.tokens, 0), "segment_ids": first.astype(np.int32)}
+    batch = batch._replace(**texts, sentence_ids=np.zeros_like(batch.tokens))
     snapshot = Snapshot(this.params, {}, jnp.zeros((), jnp.int32))
     embed = jax.jit(lambda batch: judge.embed(snapshot, batch, 0))
     vectors = jax.device_get(embed(batch))
@@ -244,10 +246,6 @@ def check_gradient(
     chex.assert_trees_all_close(got.grads, want.grads, rtol=1e-4, atol=1e-5 * scale)
 
 
-def test_eight_devices_and_microbatches_agree_with_one_device(this: Case):
-    check_gradient(this, MeshConfig(data=2, fsdp=2, tensor=2), 2)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("microbatches", [1, 2, 4])
 @pytest.mark.parametrize(
@@ -272,13 +270,15 @@ def dense_gradient(name: str) -> tuple[Example, Gradient]:
     "sizes, form",
     [
         ((1, 2, 2, 2), "blockwise"),
+        pytest.param((2, 2, 2, 1), "dense", marks=pytest.mark.slow),
         pytest.param((2, 1, 1, 4), "blockwise", marks=pytest.mark.slow),
         pytest.param((1, 1, 1, 2), "blockwise", marks=pytest.mark.slow),
         pytest.param((1, 1, 1, 4), "blockwise", marks=pytest.mark.slow),
         pytest.param((1, 2, 1, 4), "dense", marks=pytest.mark.slow),  # left to the compiler
     ],
 )
-def test_rows_split_over_devices_agree_with_one_device(this: Case, sizes: tuple[int, int, int, int], form: str):
+def test_devices_and_microbatches_agree_with_one_device(this: Case, sizes: tuple[int, int, int, int], form: str):
+    """Rows over two devices, widths over two and lengths over two, or other such."""
     check_gradient(in_form(this, form), MeshConfig(*sizes), 2, dense_gradient(this.name))
 
 
