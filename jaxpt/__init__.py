@@ -44,12 +44,16 @@ if TYPE_CHECKING:
     from jaxpt.data.pipeline import held_out as held_out
     from jaxpt.evaluate import evaluate as evaluate
     from jaxpt.models.config import TransformerConfig as TransformerConfig
+    from jaxpt.objectives import CPC as CPC
     from jaxpt.objectives import MASS as MASS
     from jaxpt.objectives import OBJECTIVES as OBJECTIVES
+    from jaxpt.objectives import TSDAE as TSDAE
     from jaxpt.objectives import BlankInfilling as BlankInfilling
     from jaxpt.objectives import CausalLM as CausalLM
     from jaxpt.objectives import CausalMasking as CausalMasking
     from jaxpt.objectives import Consistency as Consistency
+    from jaxpt.objectives import ContrastiveLM as ContrastiveLM
+    from jaxpt.objectives import DeCLUTR as DeCLUTR
     from jaxpt.objectives import Denoising as Denoising
     from jaxpt.objectives import FillInTheMiddle as FillInTheMiddle
     from jaxpt.objectives import GapSentences as GapSentences
@@ -64,6 +68,7 @@ if TYPE_CHECKING:
     from jaxpt.objectives import Seq2Seq as Seq2Seq
     from jaxpt.objectives import SimCSE as SimCSE
     from jaxpt.objectives import SpanCorruption as SpanCorruption
+    from jaxpt.objectives import TwoTower as TwoTower
     from jaxpt.optimizer import OptimizerConfig as OptimizerConfig
     from jaxpt.optimizer import ParameterGroup as ParameterGroup
     from jaxpt.optimizer import make_optimizer as make_optimizer
@@ -99,11 +104,15 @@ _HOMES = {
     "evaluate": ("evaluate",),
     "models.config": ("TransformerConfig",),
     "objectives": (
+        "CPC",
         "MASS",
         "OBJECTIVES",
+        "TSDAE",
         "BlankInfilling",
         "CausalLM",
         "CausalMasking",
+        "ContrastiveLM",
+        "DeCLUTR",
         "Denoising",
         "Consistency",
         "FillInTheMiddle",
@@ -119,6 +128,7 @@ _HOMES = {
         "Seq2Seq",
         "SimCSE",
         "SpanCorruption",
+        "TwoTower",
     ),
     "optimizer": ("OptimizerConfig", "ParameterGroup", "make_optimizer"),
     "sharding": ("MeshConfig", "local_rows", "make_mesh", "put_batch", "state_shardings"),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxpt.models.config import DENSE_ONLY, TransformerConfig
+from jaxpt.objectives import CPC, DeCLUTR
 from jaxpt.types import Batch, RowSpec, Vocab
 
 SPECIALS = 7  # pad unk bos eos cls sep mask
@@ -39,17 +40,21 @@ def packed_batch(rows: RowSpec, vocab: Vocab, length: int = 24, size: int = 8, s
         begin = 0
         for document in range(1 if rows.packing == "one_document" else 3):
             room = width - begin - len(rows.prefix) - len(rows.suffix)
-            words = min(room, int(rng.integers(5, 10)))
+            words = min(room, int(rng.integers(5, 10)) + 2 * max(rows.texts - 2, 0))
             if words < 2:
                 break
-            text = [*rows.prefix, *rng.choice(ordinary, words), *rows.suffix]
+            said = rng.choice(ordinary, words)
+            if rows.packing == "one_document" and not rows.texts and width > 2 * length and row < size - 1:
+                # rows of which spans are read are full, but for the last, and say each word several times
+                said = said[np.arange(room) * words // room]
+            text = [*rows.prefix, *said, *rows.suffix]
             end = begin + len(text)
             arrays["tokens"][row, begin:end] = text
             arrays["segments"][row, begin:end] = document + 1
             arrays["positions"][row, begin:end] = np.arange(len(text))
-            # as sentences, or as the texts of a pair
-            arrays["sentences"][row, begin:end] = (
-                np.arange(len(text)) // 4 if not rows.texts else np.arange(len(text)) > 3
+            # as sentences, or as the texts of an example, the last of which may be absent
+            arrays["sentences"][row, begin:end] = np.minimum(
+                np.arange(len(text)) // 4, rows.texts - 1 if rows.texts else width
             )
             begin = end
     ids = np.arange(size, dtype=np.uint32)
@@ -84,6 +89,8 @@ def tiny(value: Any) -> Any:
             init_scale=0.1 if value.positions == "transformer_xl" else value.init_scale,
             layers="scan",  # as accelerators run them
         )
+    if isinstance(value, CPC | DeCLUTR):  # segments and spans of few tokens
+        value = dataclasses.replace(value, **{"window": 2} if isinstance(value, CPC) else {"shortest": 4})
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.replace(
             value, **{field.name: tiny(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}

@@ -13,7 +13,17 @@ import pytest
 from support import packed_batch, tiny, tiny_vocab
 
 from jaxpt.config import RunConfig, load_config, resolve_phases, validate
-from jaxpt.objectives import MaskedDiffusion, Mixture, ReplacedTokenDetection, SimCSE, SpanCorruption
+from jaxpt.objectives import (
+    CPC,
+    ContrastiveLM,
+    DeCLUTR,
+    MaskedDiffusion,
+    Mixture,
+    ReplacedTokenDetection,
+    SimCSE,
+    SpanCorruption,
+    TwoTower,
+)
 from jaxpt.optimizer import OptimizerConfig
 from jaxpt.sharding import MeshConfig, check_rows, make_mesh
 from jaxpt.step import make_eval_step, make_train_step
@@ -45,6 +55,7 @@ PUBLISHED = {
     "modernbert_base": (50_368, 149_655_232),
     "xlnet_base": (32_000, 116_750_336 - 12 * 3 * 768 - 768),  # without segment encodings and the vector of queries
     "llada_8b": (126_464, 8_015_581_184),
+    "tsdae_base": (30522, 109_514_298 + 12 * 2 * (768 * 769 + 768)),  # ...ForMaskedLM; W_v, W_o, a norm per layer
 }
 
 every_config = pytest.mark.parametrize("name", CONFIGS)
@@ -144,6 +155,7 @@ def test_learns_at_tiny_size(name: str):
     config = run_of(name)
     # the published learning rate and its warm-up are for other sizes; all else is as published
     rate = 1e-2 if config.optimizer.name == "adamw" else 1e-1
+    rate = 3e-3 if isinstance(config.objective, TwoTower) else rate  # two networks that must find each other
     optimizer = replace(
         config.optimizer, learning_rate=rate, schedule="constant", warmup_steps=0, decay_steps=0, schedule_steps=None
     )
@@ -153,9 +165,20 @@ def test_learns_at_tiny_size(name: str):
         guess += config.objective.scale * math.log(2)
     boundary = getattr(config.objective, "boundary", None)
     guess *= 1 + (boundary.scale if boundary else 0)  # SpanBERT predicts the same tokens a second time
+    of_vectors = isinstance(config.objective, ContrastiveLM | SimCSE | TwoTower)
+    if isinstance(config.objective, ContrastiveLM):
+        guess = math.log(8)  # of a text and the seven others
     if isinstance(config.objective, SimCSE):
-        guess = math.log(8)  # of the rows of a batch, which all look alike; beside it stands the noise of dropout
-    assert losses[0] == pytest.approx(guess, rel=0.7 if isinstance(config.objective, SimCSE) else 0.5)
+        # of the rows of a batch, which all look alike; beside it stands the noise of dropout
+        others = (14 if config.objective.form == "nt_xent" else 7) + 8 * max(config.objective.texts - 2, 0)
+        guess = config.objective.scale * math.log(1 + others)
+    if isinstance(config.objective, TwoTower):  # whose networks have nothing to do with each other yet
+        guess = -config.objective.initial_bias if config.objective.loss == "sigmoid" else math.log(8)
+    if isinstance(config.objective, CPC):
+        guess = math.log(20)  # of the sentences of a batch
+    if isinstance(config.objective, DeCLUTR):
+        guess += math.log(27)  # of the others of 7 documents' anchors and positives
+    assert losses[0] == pytest.approx(guess, rel=0.7 if of_vectors else 0.5)
     # diffusion weighs tokens by up to 1 / t: of so few, one step's loss alone says little
     start = guess if isinstance(config.objective, MaskedDiffusion) else losses[0]
     assert np.mean(losses[-6:]) < start - 0.1, losses

@@ -59,6 +59,7 @@ def mini(value: Any, scale: float, depth: float) -> Any:
             mlp_width=of(value.mlp_width or 4 * value.width),
             embed_width=of(value.embedding) if value.embedding != value.width else None,
             window=None if value.window is None else min(value.window, LENGTH // 8),
+            max_length=max(value.max_length, LENGTH),
             dtype="float32",
         )
     if is_dataclass(value) and not isinstance(value, type):
@@ -224,6 +225,8 @@ def theory(term: str, vocab: int) -> str:
         return f"ln 2 = {math.log(2):.3f}"
     if name == "contrastive":
         return f"ln {ROWS} = {math.log(ROWS):.3f}"
+    if name == "predictive":
+        return "ln of the segments of a batch"
     if name == "z_loss":
         return f"(ln V)^2 = {math.log(vocab) ** 2:.2f}"
     if name == "consistency":

@@ -228,6 +228,37 @@ def xlnet() -> dict[str, Any]:
     }
 
 
+def tsdae() -> dict[str, Any]:
+    """The losses of a decoder whose parameters are its encoder's, and that attends to one vector, of fewer tokens."""
+    rng = np.random.default_rng(abs(hash_of("tsdae")))
+    sizes = BERT | {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24}
+    decoder = hf.BertLMHeadModel(hf.BertConfig(**sizes, is_decoder=True, add_cross_attention=True)).float().eval()
+    encoder = hf.BertModel(hf.BertConfig(**sizes), add_pooling_layer=False).float().eval()
+    weights = randomise(decoder, rng)
+    encoder.load_state_dict(decoder.bert.state_dict(), strict=False)
+    damaged, damaged_mask = padded(rng, (7, 3, 5), LENGTH, 0)
+    tokens, mask = padded(rng, LENGTHS, LENGTH, 0)
+    hidden = encoder(torch.from_numpy(damaged), attention_mask=torch.from_numpy(damaged_mask)).last_hidden_state
+    logits = decoder(torch.from_numpy(tokens)[:, :-1], encoder_hidden_states=hidden[:, :1]).logits
+    targets = torch.from_numpy(np.where(mask, tokens, -100))[:, 1:]
+    losses = torch.nn.functional.cross_entropy(logits.swapaxes(1, 2), targets, reduction="none")
+    losses.sum().backward()
+    for layer in decoder.bert.encoder.layer:  # so jaxpt leaves them out
+        asked = layer.crossattention.self
+        assert not any(tensor.grad.any() for part in (asked.query, asked.key) for tensor in part.parameters())
+    versions = {"transformers": hf.__version__, "torch": torch.__version__, "numpy": np.__version__}
+    return {
+        **{f"weights/{name}": values for name, values in weights.items()},
+        "damaged": damaged.astype(np.int32),
+        "damaged_mask": damaged_mask.astype(np.int32),
+        "tokens": tokens.astype(np.int32),
+        "mask": mask.astype(np.int32),
+        "vectors": hidden[:, 0].detach().numpy(),
+        "losses": losses.detach().numpy(),
+        "versions": np.array(json.dumps(versions)),
+    }
+
+
 def hash_of(name: str) -> int:
     return sum(ord(letter) * 31**place for place, letter in enumerate(name)) % 2**31
 
@@ -329,6 +360,7 @@ def main() -> None:
         np.savez_compressed(path, **record(family))
         print(path, path.stat().st_size)
     np.savez_compressed(folder / "xlnet.npz", **xlnet())
+    np.savez_compressed(folder / "tsdae.npz", **tsdae())
     np.savez_compressed(folder / "relative_buckets.npz", **buckets())
     counts = {name: count(make, config) for name, (make, config) in published().items()}
     text = json.dumps({"transformers": hf.__version__, "counts": counts}, indent=1)

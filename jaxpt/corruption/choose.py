@@ -156,3 +156,29 @@ def ranks_within(keys_N: Array, candidates_N: Array, groups_N: Array) -> Array:
     first_N = jnp.concatenate([jnp.ones(1, bool), sorted_N[1:] != sorted_N[:-1]])
     ranks_N = index_N - jax.lax.cummax(jnp.where(first_N, index_N, 0))
     return jnp.zeros(size, jnp.int32).at[order_N].set(ranks_N, unique_indices=True)
+
+
+def draw_kept(bits_L: Array, unit_ids_L: Array, candidates_L: Array, rate: Array | float) -> Array:
+    """Leave out each unit (a word) with probability ``rate``, and never all of them.
+
+    Where every unit would go, one of them stays, each equally likely.
+
+    Args:
+      bits_L: [L] u32, random.
+      unit_ids_L: [L] i32 in 0 .. L-1; special tokens are units of their own.
+      candidates_L: [L] bool; the others stay.
+      rate: in [0, 1], may be traced.
+
+    Returns:
+      [L] bool, all or nothing within a unit.
+
+    >>> import jax.numpy as jnp
+    >>> bits, words = jnp.array([7, 3, 9, 1, 0], jnp.uint32) << 28, jnp.array([0, 1, 1, 2, 3])  # 3 / 16 is unit 1's
+    >>> candidates = jnp.array([False, True, True, True, True])
+    >>> [draw_kept(bits, words, candidates, rate).astype(int).tolist() for rate in (0.0, 0.2, 1.0)]
+    [[1, 1, 1, 1, 1], [1, 0, 0, 1, 0], [1, 0, 0, 1, 0]]
+    """
+    bits_L = bits_L[unit_ids_L]
+    # where all are below the rate, which of them is the highest is uniform; otherwise the highest stays anyway
+    highest = jnp.max(jnp.where(candidates_L, bits_L, 0))
+    return ~candidates_L | (uniform(bits_L) >= rate) | (bits_L == highest)

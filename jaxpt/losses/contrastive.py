@@ -42,7 +42,7 @@ class _Candidates(NamedTuple):
     vectors: Array  # [K, E] f32
     place: Array  # [K] i32, among all
     valid: Array  # [K] bool
-    groups: Array | None  # [K] i32
+    groups: Array | None  # [K] or [K, H] i32
     owners: Array | None  # [K] i32
 
 
@@ -81,7 +81,8 @@ def info_nce(
       scale: 1 / temperature.
       similarity: "cosine" or "dot".
       groups: [R] and [K] i32; a candidate of the anchor's own group is no negative of it: another copy of the same
-        text, or the anchor itself where anchors are among the candidates.
+        text, or the anchor itself where anchors are among the candidates. Of several numbers each, [R, G] and [K, H],
+        one in common is enough.
       valid_K: [K], 0 = not a candidate (of a filler row), but for its own anchor.
       owners_K: [K] i32, the anchor whose hard negative a candidate is; -1 = of none.
       own_bias: added to the logits of an anchor's own hard negatives; ln 2 counts them twice.
@@ -114,6 +115,8 @@ def in_batch(
     similarity: Similarity = "cosine",
     hard_RKE: Array | None = None,
     hard_bias: float = 0.0,
+    hard_texts_RK: Array | None = None,
+    hard_valid_RK: Array | None = None,
     texts_R: Array | None = None,
     valid_R: Array | None = None,
     blocks: int | None = None,
@@ -131,7 +134,10 @@ def in_batch(
       similarity: "cosine" or "dot".
       hard_RKE: [R, K, E], K hard negatives of each pair, which all anchors have; "one_way" only.
       hard_bias: added to the logits of the pair's own.
-      texts_R: [R] i32 from 0 on; pairs of the same text are no negatives of each other.
+      hard_texts_RK: [R, K] i32, numbers as in ``texts_R``: a text is no hard negative of pairs that it is in.
+      hard_valid_RK: [R, K], 0 = there is no such hard negative.
+      texts_R: [R] i32 from 0 on, or [R, 2] where the sides of a pair are different texts; pairs that share a text are
+        no negatives of each other.
       valid_R: [R], 0 = a filler row: nobody's negative, and its own loss is to be weighed 0.
       blocks: as of ``info_nce``.
 
@@ -148,7 +154,7 @@ def in_batch(
     settings: dict[str, Any] = {"scale": scale, "similarity": similarity, "blocks": blocks}
     if form == "nt_xent":
         both = jnp.concatenate([first_RE, second_RE])
-        groups = jnp.tile(index_R if texts_R is None else texts_R, 2)  # one's own side is of one's own group
+        groups = jnp.concatenate([index_R if texts_R is None else texts_R] * 2)  # one's own side is of one's group
         valid = None if valid_R is None else jnp.tile(valid_R, 2)
         partner = jnp.concatenate([index_R + count, index_R])
         made = info_nce(both, both, partner, groups=(groups, groups), valid_K=valid, **settings)
@@ -164,12 +170,21 @@ def in_batch(
         return info_nce(first_RE, second_RE, index_R, groups=groups, valid_K=valid_R, **settings)
     more = hard_RKE.shape[1]
     owners = jnp.repeat(index_R, more)
+    valid_R = jnp.ones(count) if valid_R is None else valid_R
+    hard_valid = jnp.repeat(valid_R, more)
+    if hard_valid_RK is not None:
+        hard_valid *= hard_valid_RK.reshape(-1)
+    if texts_R is not None:
+        texts = texts_R.reshape(count, -1)
+        hard_texts = jnp.full_like(owners, -1) if hard_texts_RK is None else hard_texts_RK.reshape(-1)
+        hard_texts = jnp.broadcast_to(hard_texts[:, None], (count * more, texts.shape[1]))
+        groups = (texts, jnp.concatenate([texts, hard_texts]))
     return info_nce(
         first_RE,
         jnp.concatenate([second_RE, hard_RKE.reshape(count * more, -1)]),
         index_R,
-        groups=None if texts_R is None else (texts_R, jnp.concatenate([texts_R, jnp.full_like(owners, -1)])),
-        valid_K=None if valid_R is None else jnp.concatenate([valid_R, jnp.repeat(valid_R, more)]),
+        groups=groups,
+        valid_K=jnp.concatenate([valid_R, hard_valid]),
         owners_K=jnp.concatenate([jnp.full_like(index_R, -1), owners]),
         own_bias=hard_bias,
         **settings,
@@ -275,7 +290,7 @@ def _over_negatives(
         logits_RK = scale * products_RK
         negative_RK = block.valid & (block.place != targets_R[:, None])
         if block.groups is not None and groups_R is not None:
-            negative_RK &= block.groups != groups_R[:, None]
+            negative_RK &= ~_share(groups_R, block.groups)
         if block.owners is not None:
             logits_RK += own_bias * (block.owners == jnp.arange(len(anchors_RE))[:, None])
         return reduce(logits_RK, negative_RK)
@@ -284,6 +299,12 @@ def _over_negatives(
     if blocks == 1:
         return jax.tree.map(lambda leaf: leaf[None], one(candidates))
     return jax.lax.map(jax.checkpoint(one), _cut(candidates, blocks))
+
+
+def _share(numbers_R: Array, numbers_K: Array) -> Array:
+    """[R, K] bool: whether a number of the one is a number of the other."""
+    some_RG, some_KH = (numbers.reshape(len(numbers), -1) for numbers in (numbers_R, numbers_K))
+    return jnp.any(some_RG[:, None, :, None] == some_KH[None, :, None, :], axis=(-2, -1))
 
 
 def _blocks(anchors: int, candidates: int) -> int:

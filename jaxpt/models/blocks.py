@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 from flax import nnx
@@ -15,6 +15,8 @@ from jaxpt.models.layers import ACTIVATIONS, Dense, Norm, dropout, normal, proje
 from jaxpt.models.params import Initializer, constrain
 from jaxpt.models.positions import rotate
 from jaxpt.types import Array, AttentionPattern
+
+CrossAttention: TypeAlias = bool | Literal["vector"]  # "vector": to one vector, not to the places of a row
 
 
 def kernel_init(config: TransformerConfig, inputs: int, *, residual: bool = False, factor: float = 1.0) -> Initializer:
@@ -139,6 +141,32 @@ def drops_weights(config: TransformerConfig, keys_R: Array | None) -> bool:
     return keys_R is not None and config.attention_dropout > 0
 
 
+class VectorAttention(nnx.Module):
+    """``Attention`` to one vector: its weight is 1 whatever asks, so that queries and keys are left out."""
+
+    def __init__(self, config: TransformerConfig):
+        c = config
+        self.config = c
+        queries, keys = c.heads * c.head_dim, c.groups * c.head_dim
+        self.value = Dense((c.width, keys), ("embed", "kv_heads"), kernel_init(c, c.width), bias=c.qkv_bias)
+        self.out = Dense(
+            (queries, c.width), ("heads", "embed"), kernel_init(c, queries, residual=True), bias=c.out_bias
+        )
+
+    def __call__(self, x: Array, memory: Array, sight: Sight, keys_R: Array | None, site: int) -> Array:
+        """[R, Q, D] from what asks, ``x`` [R, Q, D], and what is looked at, ``memory`` [R, 1, D]."""
+        del sight  # all see it
+        c = self.config
+        rows, queries = x.shape[:2]
+        value_R1GC = self.value(memory).reshape(rows, 1, c.groups, c.head_dim)
+        value_RQHC = jnp.repeat(value_R1GC, c.heads // c.groups, axis=2)
+        if drops_weights(c, keys_R):
+            ones_RHQ1 = jnp.ones((rows, c.heads, queries, 1), x.dtype)
+            value_RQHC *= dropout(ones_RHQ1, keys_R, c.attention_dropout, site).swapaxes(1, 2)
+        out_RQD = self.out(value_RQHC.reshape(rows, -1, c.heads * c.head_dim))
+        return jnp.broadcast_to(out_RQD, x.shape)
+
+
 def _norm_of_heads(config: TransformerConfig) -> Norm:
     return Norm(config.norm, config.head_dim, config.norm_epsilon, bias=False)
 
@@ -170,11 +198,12 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """One layer: attention, perhaps cross-attention, MLP; each normalised before or after, and added."""
 
-    def __init__(self, config: TransformerConfig, *, cross_attention: bool, attention_norm: bool):
+    def __init__(self, config: TransformerConfig, *, cross_attention: CrossAttention, attention_norm: bool):
         self.config = config
         self.attention = Attention(config)
         self.attention_norm = config_norm(config, config.width) if attention_norm else None
-        self.cross_attention = Attention(config) if cross_attention else None
+        kind = VectorAttention if cross_attention == "vector" else Attention
+        self.cross_attention = kind(config) if cross_attention else None
         self.cross_attention_norm = config_norm(config, config.width) if cross_attention else None
         self.mlp = MLP(config)
         self.mlp_norm = config_norm(config, config.width)

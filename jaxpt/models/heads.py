@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, Literal, TypeAlias
 
 import jax.numpy as jnp
@@ -10,8 +11,8 @@ from flax import nnx
 
 from jaxpt.models.blocks import config_norm, kernel_init, table_init
 from jaxpt.models.config import TransformerConfig
-from jaxpt.models.layers import ACTIVATIONS, Dense, Norm, zeros
-from jaxpt.models.params import Declared, constrain, initializer_of, param, specs_of, split
+from jaxpt.models.layers import ACTIVATIONS, Dense, Norm, normal, zeros
+from jaxpt.models.params import Declared, Initializer, constrain, initializer_of, param, specs_of, split
 from jaxpt.types import Array, Network, Params, Readout
 
 Pooling: TypeAlias = Literal["first", "mean", "last"]
@@ -211,6 +212,77 @@ def pooler(config: TransformerConfig) -> Network:
     return Network(
         specs_of(declared.tree), initializer_of(declared.tree), lambda params, hidden: declared.bind(params)(hidden)
     )
+
+
+def projection(config: TransformerConfig, width: int) -> Network:
+    """A linear map of a text's vector into another space, without a bias.
+
+    ``apply(params, pooled [..., D])`` returns [..., width] of the same type.
+    """
+    declared = split(Dense((config.width, width), ("embed", None), kernel_init(config, config.width), bias=False))
+    return Network(
+        specs_of(declared.tree), initializer_of(declared.tree), lambda params, pooled: declared.bind(params)(pooled)
+    )
+
+
+def predictions(width: int, number: int, scale: float = 1.0) -> Network:
+    """Several linear maps of a space into itself, W_k ~ N(0, scale^2 / width) (CPC, arXiv:1807.03748).
+
+    ``apply(params, vectors [..., width])`` returns W_k x for each k, [..., number, width], of the same type.
+    """
+    declared = split(Dense((width, number * width), ("embed", None), normal(scale * width**-0.5), bias=False))
+
+    def apply(params: Params, vectors: Array) -> Array:
+        return declared.bind(params)(vectors).reshape(*vectors.shape[:-1], number, width)
+
+    return Network(specs_of(declared.tree), initializer_of(declared.tree), apply)
+
+
+class Similarity(nnx.Module):
+    """Two numbers."""
+
+    def __init__(self, scale: float, bias: float | None):
+        self.log_scale = param((), (), "bias", _constant(math.log(scale)))
+        self.bias = None if bias is None else param((), (), "bias", _constant(bias))
+
+    def __call__(self) -> tuple[Array, Array | None]:
+        """(scale, bias), [] f32."""
+        return jnp.exp(self.log_scale[...]), None if self.bias is None else self.bias[...]
+
+
+def _constant(value: float) -> Initializer:
+    return lambda key, shape: jnp.full(shape, value, jnp.float32)
+
+
+def similarity(scale: float, bias: float | None = None) -> Network:
+    """What makes logits of cosines: a factor, learned as its logarithm (CLIP), and perhaps a bias (SigLIP).
+
+    ``apply(params)`` returns (scale [] f32, bias [] f32 or None). Neither decays. A bound on the scale belongs into
+    ``Objective.advance`` (``bounded``): within the forward pass, it would stop the gradient of what has reached it.
+
+    Args:
+      scale: the first; CLIP's is 1 / 0.07, SigLIP's 10.
+      bias: the first, or None for none; SigLIP's is -10.
+
+    Example:
+      >>> import jax
+      >>> network = similarity(1 / 0.07)
+      >>> params = network.init(jax.random.key(0))
+      >>> round(float(params["log_scale"]), 6), round(float(network.apply(params)[0]), 4)
+      (2.65926, 14.2857)
+    """
+    declared = split(Similarity(scale, bias))
+    return Network(specs_of(declared.tree), initializer_of(declared.tree), lambda params: declared.bind(params)())
+
+
+def bounded(params: Params, highest: float) -> Params:
+    """Return the parameters of a ``similarity`` with a scale of at most ``highest``.
+
+    >>> params = {"log_scale": jnp.float32(9.0)}
+    >>> round(float(bounded(params, 100.0)["log_scale"]), 5)
+    4.60517
+    """
+    return params | {"log_scale": jnp.minimum(params["log_scale"], math.log(highest))}
 
 
 def classifier(config: TransformerConfig, classes: int) -> Network:

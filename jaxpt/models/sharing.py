@@ -1,4 +1,7 @@
-"""Embeddings that a generator and a discriminator share: who owns which, and both networks put together again."""
+"""Parameters that two networks share: who owns which, and both put together again.
+
+The embeddings of a generator and a discriminator; all of an encoder and a decoder but the attention between them.
+"""
 
 from __future__ import annotations
 
@@ -73,3 +76,28 @@ def _without(network: Network, names: Collection[str]) -> Network:
         return rest | ({"embed": embed} if embed else {})
 
     return Network(cut(network.specs), lambda key: cut(network.init(key)), network.apply)
+
+
+# --------------------------------------------------------------------------------- encoder and decoder
+
+CROSS = ("cross_attention", "cross_attention_norm")  # what a layer of a decoder has that an encoder's has not
+
+
+def cross_attention_of(decoder: Network) -> Network:
+    """The parameters of a decoder's layers that an encoder's lack; ``apply`` is that of the whole decoder."""
+
+    def cut(tree: Params) -> Params:
+        return {name: tree["layers"][name] for name in CROSS}
+
+    return Network(cut(decoder.specs), lambda key: cut(decoder.init(key)), decoder.apply)
+
+
+def with_cross_attention(encoder: Params, cross: Params) -> Params:
+    """The parameters of a decoder: an encoder's own, and those of ``cross_attention_of``.
+
+    Example:
+      >>> decoder = with_cross_attention({"embed": 1, "layers": {"mlp": 2}}, {"cross_attention": 3})
+      >>> decoder
+      {'embed': 1, 'layers': {'mlp': 2, 'cross_attention': 3}}
+    """
+    return encoder | {"layers": encoder["layers"] | cross}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxpt.models.attention import choose, spell_out
-from jaxpt.models.blocks import Block, Sight, config_norm, drops_weights, kernel_init, table_init
+from jaxpt.models.blocks import Block, CrossAttention, Sight, config_norm, drops_weights, kernel_init, table_init
 from jaxpt.models.config import DENSE_ONLY, TransformerConfig
 from jaxpt.models.distances import rows_of_distances, sines_of_distances
 from jaxpt.models.layers import PRODUCT, Dense, dropout, fold_keys
@@ -50,9 +50,11 @@ class Embeddings(nnx.Module):
     ) -> Array:
         c = self.config
         table = table if self.tokens is None else self.tokens[...]
-        assert table is not None, "a network without a token table needs `table`"
-        # Tables are split over fsdp by width, and so are rows: gather a table before it is read, as any kernel is.
-        x = jnp.take(constrain(table, "vocab", None), tokens, axis=0)
+        x = tokens
+        if not jnp.issubdtype(tokens.dtype, jnp.floating):
+            assert table is not None, "a network without a token table needs `table`"
+            # Tables are split over fsdp by width, and so are rows: gather a table before it is read, as any kernel is.
+            x = jnp.take(constrain(table, "vocab", None), tokens, axis=0)
         if c.embed_scale:
             x *= c.embedding**0.5
         if self.positions is not None:
@@ -60,7 +62,7 @@ class Embeddings(nnx.Module):
         elif c.positions == "sinusoidal":
             x += sinusoids(positions, c.embedding)
         if self.token_types is not None:
-            types = jnp.zeros_like(tokens) if token_types is None else token_types
+            types = jnp.zeros_like(positions) if token_types is None else token_types
             x += jnp.take(constrain(self.token_types[...], None, None), types, axis=0)
         x = x if self.norm is None else self.norm(x)
         x = dropout(x, keys_R, c.dropout, 0).astype(c.dtype)
@@ -106,20 +108,24 @@ def embedding_table(params: Params) -> Array:
 # ----------------------------------------------------------------------------------------- network
 
 
-def transformer(config: TransformerConfig, vocab_size: int | None, *, cross_attention: bool = False) -> Network:
+def transformer(
+    config: TransformerConfig, vocab_size: int | None, *, cross_attention: CrossAttention = False
+) -> Network:
     """A stack of layers from tokens to hidden states.
 
     ``apply(params, tokens_RL, pattern, positions_RL, *, token_types=None, keys=None, context=None,
-    context_pattern=None, table=None, memory=None, return_layers=False, return_inputs=None)`` returns hidden [R, L, D]
-    after the final norm, in ``config.dtype``; with ``return_layers`` also what every layer gave, [N, R, L, D]; with
-    ``return_inputs``, a slice of places, what every layer read there, [N, R, places, D]. ``keys`` [R], typed, turn
-    dropout on. ``memory`` [N, R, M, D] are such inputs of earlier tokens, that every layer looks at: they stand first
-    among the keys of ``pattern``.
+    context_pattern=None, table=None, memory=None, return_layers=False, return_inputs=None,
+    embedding_mask=None)`` returns hidden [R, L, D] after the final norm, in ``config.dtype``; with ``return_layers``
+    also what every layer gave, [N, R, L, D]; with ``return_inputs``, a slice of places, what every layer read there,
+    [N, R, places, D]. ``keys`` [R], typed, turn dropout on. ``memory`` [N, R, M, D] are such inputs of earlier tokens,
+    that every layer looks at: they stand first among the keys of ``pattern``. ``embedding_mask``, which broadcasts to
+    [R, L, D], is multiplied with what the first layer reads.
 
     Args:
       config: sizes and options.
-      vocab_size: rows of the token table; None = the network owns none and reads ``table`` [V, E].
-      cross_attention: each layer also looks at ``context`` [R, K, D] through ``context_pattern``.
+      vocab_size: rows of the token table; None = the network owns none and reads ``table`` [V, E], or vectors [R, L, E]
+        of any float type in place of the tokens.
+      cross_attention: each layer also looks at ``context`` [R, K, D] through ``context_pattern``; "vector": K is 1.
 
     Example:
       >>> from jaxpt.models.patterns import causal
@@ -160,6 +166,7 @@ def _apply(
     memory: Array | None = None,
     return_layers: bool = False,
     return_inputs: slice | None = None,
+    embedding_mask: Array | None = None,
 ) -> Any:
     if config.positions == "learned" and tokens.shape[1] > config.max_length:
         raise ValueError(
@@ -178,6 +185,8 @@ def _apply(
         return declared.bind(layer_params)(x, sights[window], context, context_sight, layer_keys, past)
 
     x = module.embed(tokens, positions, token_types, table, fold_keys(keys, EMBED_SITE))
+    if embedding_mask is not None:
+        x *= embedding_mask.astype(x.dtype)
     keep: Callable[[Array, Array], Array] | None = None  # of what a layer read and gave
     if return_inputs is not None:
         keep = lambda read, gave: read[:, return_inputs]  # noqa: E731

@@ -5,6 +5,9 @@ from jaxpt.objectives.causal_lm import CausalLM
 from jaxpt.objectives.causal_masking import CausalMasking
 from jaxpt.objectives.combine import Mixture, Multitask
 from jaxpt.objectives.consistency import Consistency
+from jaxpt.objectives.contrastive_lm import ContrastiveLM
+from jaxpt.objectives.cpc import CPC
+from jaxpt.objectives.declutr import DeCLUTR
 from jaxpt.objectives.denoising import Denoising
 from jaxpt.objectives.fill_in_the_middle import FillInTheMiddle
 from jaxpt.objectives.gap_sentences import GapSentences
@@ -18,6 +21,8 @@ from jaxpt.objectives.sentence_pair import SentencePair
 from jaxpt.objectives.seq2seq import Seq2Seq
 from jaxpt.objectives.simcse import SimCSE
 from jaxpt.objectives.span_corruption import SpanCorruption
+from jaxpt.objectives.tsdae import TSDAE
+from jaxpt.objectives.two_tower import TwoTower
 from jaxpt.types import ObjectiveConfig
 
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
@@ -25,6 +30,9 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "causal_lm": CausalLM,
     "causal_masking": CausalMasking,
     "consistency": Consistency,
+    "contrastive_lm": ContrastiveLM,
+    "cpc": CPC,
+    "declutr": DeCLUTR,
     "denoising": Denoising,
     "fill_in_the_middle": FillInTheMiddle,
     "gap_sentences": GapSentences,
@@ -40,4 +48,6 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "seq2seq": Seq2Seq,
     "simcse": SimCSE,
     "span_corruption": SpanCorruption,
+    "tsdae": TSDAE,
+    "two_tower": TwoTower,
 }

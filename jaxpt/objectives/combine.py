@@ -249,6 +249,12 @@ def combine(
                     shown |= member.put({each: wide._replace(classes=view.classes)})
         return shown
 
+    def embed(snapshot: Snapshot, batch: Batch, text: int) -> Array:
+        """Those of the first part that has vectors."""
+        reader = next(member for member in members if member.objective.embed is not None)
+        assert reader.objective.embed is not None
+        return reader.objective.embed(reader.look(snapshot), batch, text)
+
     def has(what: str) -> bool:
         return any(getattr(member.objective, what) is not None for member in members)
 
@@ -264,6 +270,7 @@ def combine(
         advance=advance if has("advance") else None,
         summary=summary if has("summary") else None,
         views=views if has("views") else None,
+        embed=embed if has("embed") else None,
     )
 
 

@@ -9,20 +9,22 @@ all of vectors of length 1 (Wang & Isola 2020, arXiv:2005.10242; the rank is the
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpt.losses.contrastive import normalize, potential
+from jaxpt.losses.contrastive import Contrast, normalize, potential
 from jaxpt.losses.token_metrics import ratio
 from jaxpt.models.config import TransformerConfig
 from jaxpt.models.heads import Pooling, pool, pooler
 from jaxpt.models.patterns import bidirectional
 from jaxpt.models.transformer import transformer
-from jaxpt.objectives.parts import check_length
-from jaxpt.types import Array, Network, Params, View, Vocab
+from jaxpt.objectives.parts import check, check_length
+from jaxpt.types import Array, Batch, Network, Params, RowSpec, View, Vocab
+
+TextPooling: TypeAlias = Pooling | Literal["mean_last_two"]
 
 # ------------------------------------------------------------------------------------------------ texts
 
@@ -44,8 +46,13 @@ class Texts(NamedTuple):
         return self.segment_ids[..., 0].astype(jnp.float32)
 
     def view(self) -> View:
-        """What a person is shown of texts [R, L]."""
-        return View(*self, self.positions, bidirectional(self.segment_ids, self.positions))
+        """What a person is shown of texts [R, L], or of texts [R, T, L], which are laid one behind the other."""
+        segment_ids = self.segment_ids
+        if segment_ids.ndim == 3:
+            segment_ids *= jnp.arange(1, segment_ids.shape[1] + 1)[:, None]
+        rows = (array.reshape(len(array), -1) for array in (self.tokens, segment_ids, self.positions))
+        tokens, segment_ids, positions = rows
+        return View(tokens, segment_ids, positions, bidirectional(segment_ids, positions))
 
 
 def separate(
@@ -70,12 +77,29 @@ def separate(
     numbers_RL = sentence_ids_RL if texts > 1 else jnp.zeros_like(sentence_ids_RL)
     inside_RTL = (numbers_RL[:, None] == jnp.arange(texts)[:, None]) & (segment_ids_RL[:, None] == 1)
     sizes_RT = jnp.sum(inside_RTL, axis=-1, dtype=jnp.int32)
-    places_RTJ = jnp.argmax(inside_RTL, axis=-1)[..., None] + jnp.arange(length)
-    places_RTJ = jnp.minimum(places_RTJ, tokens_RL.shape[1] - 1)
+    made = spans(tokens_RL, jnp.argmax(inside_RTL, axis=-1), sizes_RT, length)
+    return made, jnp.sum(sizes_RT > length, axis=1, dtype=jnp.int32)
+
+
+def spans(tokens_RL: Array, starts_RT: Array, sizes_RT: Array, length: int) -> Texts:
+    """Give each of some spans of a row, which may overlap, a row of its own.
+
+    Args:
+      tokens_RL: [R, L] i32.
+      starts_RT, sizes_RT: [R, T] i32, in tokens; of size 0 there is no text.
+      length: J, of the new rows; what is longer is cut.
+
+    Returns:
+      [R, T, J].
+
+    >>> made = spans(jnp.array([[7, 8, 9, 6]]), jnp.array([[0, 2]]), jnp.array([[3, 1]]), length=3)
+    >>> made.tokens.tolist(), made.segment_ids.tolist()
+    ([[[7, 8, 9], [9, 0, 0]]], [[[1, 1, 1], [1, 0, 0]]])
+    """
+    places_RTJ = jnp.minimum(starts_RT[..., None] + jnp.arange(length), tokens_RL.shape[1] - 1)
     kept_RTJ = jnp.arange(length) < sizes_RT[..., None]
     tokens_RTJ = jnp.take_along_axis(tokens_RL[:, None], places_RTJ, axis=-1)
-    made = Texts(jnp.where(kept_RTJ, tokens_RTJ, 0), kept_RTJ.astype(jnp.int32))
-    return made, jnp.sum(sizes_RT > length, axis=1, dtype=jnp.int32)
+    return Texts(jnp.where(kept_RTJ, tokens_RTJ, 0), kept_RTJ.astype(jnp.int32))
 
 
 def enclose(texts: Texts, cls: int, sep: int, pad: int) -> Texts:
@@ -101,6 +125,30 @@ def enclose(texts: Texts, cls: int, sep: int, pad: int) -> Texts:
     return Texts(jnp.where(inside, tokens, pad), inside.astype(jnp.int32))
 
 
+def rows_of_texts(texts: int) -> RowSpec:
+    """Return rows that hold an example of so many texts, or one document of any data, which is one text."""
+    if texts == 1:
+        return RowSpec("one_document", reserve=2)
+    return RowSpec("one_document", raw_length=lambda length: texts * (length - 2), texts=texts)
+
+
+def read_texts(batch: Batch, texts: int, length: int, vocab: Vocab) -> tuple[Texts, Array]:
+    """Return the texts of each row between [CLS] and [SEP], and how many of them were cut.
+
+    Args:
+      batch: rows of one document, or one example of several texts.
+      texts: T, see ``separate``.
+      length: L, with [CLS] and [SEP].
+      vocab: which has both.
+
+    Returns:
+      texts [R, T, L] and [R] i32.
+    """
+    made, cut_R = separate(batch.tokens, batch.segment_ids, batch.sentence_ids, texts, length - 2)
+    assert vocab.cls is not None and vocab.sep is not None
+    return enclose(made, vocab.cls, vocab.sep, vocab.pad), cut_R
+
+
 def text_numbers(tokens: Array) -> Array:
     """Return a number from 0 on, [...] i32, for tokens [..., L]: the same for the same, of 2^31 for others.
 
@@ -121,7 +169,7 @@ class TextEncoder(NamedTuple):
 
     config: TransformerConfig
     networks: dict[str, Network]  # "trunk", and "mlp" where there is one
-    pooling: Pooling
+    pooling: TextPooling
 
     def __call__(
         self,
@@ -129,6 +177,7 @@ class TextEncoder(NamedTuple):
         texts: Texts,
         keys: Array | None = None,
         positions: Array | None = None,
+        embedding_mask: Array | None = None,
     ) -> Array:
         """Return the vectors [..., E] f32 of texts [..., L].
 
@@ -137,29 +186,58 @@ class TextEncoder(NamedTuple):
           texts: at most ``max_length`` tokens each, where positions are learned.
           keys: [...] typed, which turn dropout on.
           positions: [..., L] i32, where they are not 0, 1, 2, ...
+          embedding_mask: [..., L or 1, D or 1], multiplied with what the first layer reads.
         """
+        return self.vectors(params, texts, self.states(params, texts, keys, positions, embedding_mask))
+
+    def states(
+        self,
+        params: Params,
+        texts: Texts,
+        keys: Array | None = None,
+        positions: Array | None = None,
+        embedding_mask: Array | None = None,
+    ) -> Array:
+        """Return the hidden states [..., L, D] of texts [..., L], for those who also want those of single tokens."""
         check_length(self.config, texts.tokens.shape[-1], "text vectors")
-        lead, length = texts.tokens.shape[:-1], texts.tokens.shape[-1]
+        shape, length = texts.tokens.shape, texts.tokens.shape[-1]
         places = texts.positions if positions is None else positions
         tokens, segment_ids, places = (array.reshape(-1, length) for array in (*texts, places))
         pattern = bidirectional(segment_ids, places)
         keys = None if keys is None else keys.reshape(-1)
-        hidden = self.networks["trunk"].apply(params["trunk"], tokens, pattern, places, keys=keys)
-        vectors = pool(self.pooling, hidden, segment_ids)
+        if embedding_mask is not None:
+            embedding_mask = embedding_mask.reshape(-1, *embedding_mask.shape[-2:])
+        two = self.pooling == "mean_last_two"
+        made = self.networks["trunk"].apply(
+            params["trunk"], tokens, pattern, places, keys=keys, return_layers=two, embedding_mask=embedding_mask
+        )
+        hidden = (made[0] + made[1][-2]) / 2 if two else made
+        return hidden.reshape(*shape, -1)
+
+    def vectors(self, params: Params, texts: Texts, hidden: Array) -> Array:
+        """Return the vectors [..., E] f32 of texts [..., L] from their hidden states [..., L, D]."""
+        segment_ids = texts.segment_ids.reshape(-1, texts.segment_ids.shape[-1])
+        kind = "mean" if self.pooling == "mean_last_two" else self.pooling
+        vectors = pool(kind, hidden.reshape(*segment_ids.shape, -1), segment_ids)
         if "mlp" in self.networks:
             vectors = self.networks["mlp"].apply(params["mlp"], vectors)
-        return vectors.astype(jnp.float32).reshape(*lead, -1)
+        return vectors.astype(jnp.float32).reshape(*texts.tokens.shape[:-1], -1)
 
 
-def text_encoder(config: TransformerConfig, vocab: Vocab, pooling: Pooling, *, mlp: bool) -> TextEncoder:
+def text_encoder(config: TransformerConfig, vocab: Vocab, pooling: TextPooling, *, mlp: bool) -> TextEncoder:
     """Return the encoder of texts that stand between [CLS] and [SEP].
 
     Args:
       config: of the Transformer.
       vocab: of the tokenizer.
-      pooling: "first", "mean" or "last".
+      pooling: "first", "mean" or "last"; "mean_last_two" is the mean over the states of the last two layers, which
+        want the norm behind each ("post").
       mlp: dense and tanh behind it.
+
+    Raises:
+      ValueError: two layers are asked for and there is one.
     """
+    check(pooling != "mean_last_two" or config.depth > 1, 'pooling="mean_last_two" needs a depth of at least 2')
     networks = {"trunk": transformer(config, vocab.size)} | ({"mlp": pooler(config)} if mlp else {})
     return TextEncoder(config, networks, pooling)
 
@@ -210,6 +288,30 @@ def vector_metrics(stats: dict[str, Array]) -> dict[str, Array]:
         "effective_rank": ratio(jnp.square(trace), jnp.sum(jnp.square(covariance_EE))),
         "spread": trace,
         "cosine_of_others": ratio(cosines, count * (count - 1)),
+    }
+
+
+def pair_sums(first_RE: Array, second_RE: Array, made: Contrast, weights_R: Array) -> dict[str, Array]:
+    """Return the sums from which ``pair_metrics`` are made; no gradient passes.
+
+    Args:
+      first_RE, second_RE: [R, E], the two sides of each pair.
+      made: what telling them apart gave.
+      weights_R: [R] f32, 0 = a row without a pair.
+    """
+    apart_R = jnp.sum(jnp.square(normalize(first_RE) - normalize(second_RE)), axis=-1)
+    return {
+        "pairs": weights_R.sum(),
+        "pairs_found": weights_R @ made.correct,
+        "pairs_apart": weights_R @ jax.lax.stop_gradient(apart_R),
+    }
+
+
+def pair_metrics(stats: dict[str, Array]) -> dict[str, Array]:
+    """Return ``text_accuracy``, how often the partner is the nearest, and ``alignment``, how far apart partners are."""
+    return {
+        "text_accuracy": ratio(stats["pairs_found"], stats["pairs"]),
+        "alignment": ratio(stats["pairs_apart"], stats["pairs"]),
     }
 
 

@@ -154,6 +154,44 @@ def test_copies_of_a_text_are_no_negatives_of_each_other(form):
     assert pairs == pytest.approx(float(pairwise(np.delete(A, 3, 0), np.delete(B, 3, 0)).loss[0]), rel=1e-5)
 
 
+def losses_among(row, candidates):
+    """InfoNCE of anchor ``row`` whose own partner comes first."""
+    logits = 20 * unit(np.stack(candidates)) @ unit(A[row])
+    return np.log(np.exp(logits).sum()) - logits[0]
+
+
+def test_absent_hard_negatives_and_those_that_are_no_negatives():
+    """Row 2 has one hard negative, row 3 none; row 0's first one is row 1's positive, and row 5's second its anchor."""
+    present = np.ones((7, 2), np.float32)
+    present[2, 1], present[3] = 0, 0
+    texts, hard_texts = np.arange(14).reshape(7, 2), 100 + np.arange(14).reshape(7, 2)
+    hard_texts[0, 0], hard_texts[5, 1] = texts[1, 1], texts[5, 0]
+    told = {"hard_RKE": HARD, "hard_valid_RK": present, "hard_texts_RK": hard_texts, "texts_R": texts}
+    made = compiled(A, B, **told)
+    for row in range(7):
+        others = [B[other] for other in range(7) if other != row]
+        hard = [HARD[i, k] for i, k in np.argwhere(present > 0) if (row, i, k) not in ((1, 0, 0), (5, 5, 1))]
+        assert made.loss[row] == pytest.approx(losses_among(row, [B[row], *others, *hard]), rel=1e-4)
+    without = compiled(A, B, hard_RKE=HARD, hard_valid_RK=np.zeros((7, 2)), hard_bias=3.0)
+    np.testing.assert_allclose(without.loss, compiled(A, B).loss, rtol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_pairs_that_share_a_text_are_no_negatives(form):
+    """Of a row's anchor or its positive: the same query twice, the same answer twice, an answer that is a query."""
+    texts = np.arange(14).reshape(7, 2)
+    for row, other, mine, its in ((0, 3, 0, 0), (1, 4, 1, 1), (2, 6, 0, 1)):
+        shared = texts.copy()
+        shared[other, its] = texts[row, mine]
+        found = compiled(A, B, form, texts_R=shared)
+        for one, another in ((row, other), (other, row)):
+            without = np.delete(np.arange(7), another)
+            alone = compiled(A[without], B[without], form)
+            np.testing.assert_allclose(found.loss[one], alone.loss[without == one][0], rtol=1e-5)
+        rest = np.setdiff1d(np.arange(7), (row, other))
+        np.testing.assert_allclose(found.loss[rest], compiled(A, B, form).loss[rest], rtol=1e-5)
+
+
 def weighed(function, valid):
     return lambda a, b: jnp.vdot(valid, function(a, b, valid_R=valid).loss)
 
@@ -252,3 +290,64 @@ def test_blocks_follow_from_the_bytes(monkeypatch):
     jaxpr = str(jax.make_jaxpr(lambda a, b: info_nce(a, b, jnp.arange(7)).loss)(A, B))
     assert "length=3" in jaxpr, "seven candidates, three at a time"
     assert contrastive._blocks(7, 3) == 1
+
+
+# --------------------------------------------------------------------------- what gathers make of a gradient
+
+
+def test_only_the_gradient_of_the_whole_batch_is_right():
+    """Four workers average their gradients. What they gather, with or without its gradient, and whose losses each of
+    them adds up, decides what that average is of the truth: all of it, a quarter, or another direction."""
+    workers, each = 4, 4
+    weights = RNG.normal(size=(12, 6)).astype(np.float32)
+    x = RNG.normal(size=(2, workers * each, 12)).astype(np.float32)
+    x[1] += 2 * x[0]
+    mesh = make_mesh(MeshConfig(data=workers), jax.devices()[:workers])
+
+    def encode(w, x):
+        return jnp.tanh(x @ w)
+
+    def batch_loss(w):
+        return in_batch(*constrain_rows((encode(w, x[0]), encode(w, x[1])))).loss.mean()
+
+    def average(w, x, *, with_gradient, all_rows):
+        place = each * jax.lax.axis_index("data")
+
+        def gather(z):
+            found = jax.lax.all_gather(z, "data", tiled=True)
+            if with_gradient:
+                return found
+            return jax.lax.dynamic_update_slice(jax.lax.stop_gradient(found), z, (place, 0))  # one's own put back
+
+        def loss(w):
+            first, second = encode(w, x[0]), encode(w, x[1])
+            if all_rows:
+                return in_batch(gather(first), gather(second)).loss.mean()
+            return info_nce(first, gather(second), place + jnp.arange(each)).loss.mean()
+
+        return jax.lax.pmean(jax.grad(loss)(w), "data")
+
+    spec = jax.sharding.PartitionSpec
+    ways = [(False, True), (True, False), (True, True), (False, False)]
+
+    @jax.jit
+    def run(w, x):
+        made = [
+            jax.shard_map(
+                functools.partial(average, with_gradient=with_gradient, all_rows=all_rows),
+                mesh=mesh, in_specs=(spec(), spec(None, "data")), out_specs=spec(), check_vma=False,
+            )(w, x)
+            for with_gradient, all_rows in ways
+        ]  # fmt: skip
+        return jax.grad(batch_loss)(w), made
+
+    truth, (no_gradient, own_rows, both, wrong) = jax.device_get(run(weights, x))
+    with jax.set_mesh(mesh):
+        ours = jax.jit(jax.grad(batch_loss))(weights)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5 * np.abs(truth).max())
+    close(ours, truth)
+    close(no_gradient * workers, truth)
+    close(own_rows, truth)
+    close(both, truth)
+    cosine = np.vdot(wrong, truth) / np.linalg.norm(wrong) / np.linalg.norm(truth)
+    assert cosine < 0.97 and np.linalg.norm(wrong - truth) > 0.2 * np.linalg.norm(truth)

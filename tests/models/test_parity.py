@@ -10,14 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import tiny_vocab
 
-from jaxpt.losses.cross_entropy import logits_of
+from jaxpt.losses.cross_entropy import linear_cross_entropy, logits_of
 from jaxpt.models import presets
 from jaxpt.models.encoder_decoder import encoder_decoder
 from jaxpt.models.heads import detection_head, lm_head, mlm_head
 from jaxpt.models.patterns import bidirectional, causal, cross
 from jaxpt.models.positions import log_buckets, relative_buckets
 from jaxpt.models.transformer import embedding_table, transformer
+from jaxpt.objectives import TSDAE
+from jaxpt.objectives.parts import without_dropout
+from jaxpt.types import Example, Snapshot
 
 HERE = Path(__file__).parent
 VOCAB = 61
@@ -232,6 +236,14 @@ NAMES = {
     "t5_v1_1": _t5_names(),
     "bart": _bart_names(),
 }
+NAMES["tsdae"] = NAMES["bert"] | {
+    f"bert.encoder.layer.#.crossattention.{theirs}": f"layers/cross_attention{ours}"
+    for theirs, ours in {
+        **{f"self.{name}": f"/{name}" for name in ("query", "key", "value")},
+        "output.dense": "/out",
+        "output.LayerNorm": "_norm",
+    }.items()
+}
 TABLES = ("embed/tokens", "embed/positions", "embed/token_types", "distances", "relative", "head/table", "head/bias")
 
 
@@ -367,6 +379,50 @@ def test_encoder_decoder(family):
     close_layers(encoded[:-1], recorded["encoder_hidden"][:-1], recorded["mask"], encoded[-2], f"{family} encoder")
     close_layers(decoded, recorded["hidden"], recorded["decoder_mask"], hidden, f"{family} decoder")
     close(logits, recorded["logits"], recorded["decoder_mask"], f"{family} logits")
+
+
+def test_a_decoder_that_is_its_encoder_and_sees_one_vector():
+    """TSDAE: the vector, the loss of every token, and the same with the queries and keys that change nothing."""
+    recorded = np.load(HERE / "tsdae.npz")
+    config = presets.bert("base", **(TINY | {"depth": 2, "width": 16, "mlp_width": 24}))
+    vocab = dataclasses.replace(tiny_vocab(VOCAB), token_bytes=np.ones(VOCAB, np.int32))
+    decoder, head = transformer(config, VOCAB, cross_attention=True), mlm_head(config, VOCAB)
+    skeleton = jax.eval_shape(lambda key: decoder.init(key) | {"head": head.init(key)}, jax.random.key(0))
+    whole = load("tsdae", recorded, skeleton, {"encoder": 2})
+    layers = dict(whole["layers"])
+    given = {name: layers.pop(name) for name in ("cross_attention", "cross_attention_norm")}
+    asked = {name: given["cross_attention"][name] for name in ("value", "out")}
+    params = {
+        "trunk": {"embed": whole["embed"], "layers": layers},
+        "cross": given | {"cross_attention": asked},
+        "head": whole["head"],
+    }
+    objective = TSDAE(encoder=without_dropout(config), gap=True).build(vocab)
+    (tokens, damaged), (told, damaged_told) = (
+        [make(recorded[name]) for name in names]
+        for make, names in ((jnp.asarray, ("tokens", "damaged")), (rows, ("mask", "damaged_mask")))
+    )
+    inputs = {"tokens": damaged, "segment_ids": damaged_told[0], "decoder_tokens": tokens}
+    inputs |= {"decoder_segment_ids": told[0], "targets": jnp.roll(tokens, -1, axis=1)}
+    weights = jnp.pad(told[0][:, 1:], ((0, 0), (0, 1))).astype(jnp.float32)
+    example = Example(inputs, jnp.arange(3), {"lm": weights})
+
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compile fast
+    def run(params, full):
+        out = objective.loss(Snapshot(params, {}, jnp.int32(0)), example, jax.random.split(jax.random.key(0), 3))
+        one = jnp.ones((3, 1), jnp.int32)
+        hidden = decoder.apply(
+            full, tokens, causal(*told), told[1], context=out.features["vectors"][:, None],
+            context_pattern=cross(*told, one, one - 1),
+        )  # fmt: skip
+        readout = head.apply(params["head"], hidden, embedding_table(full))
+        return out, linear_cross_entropy(readout, inputs["targets"]).loss
+
+    full = {"embed": whole["embed"], "layers": whole["layers"]}
+    out, losses = run(params, full)
+    close(out.features["vectors"], recorded["vectors"], np.ones(3), "vectors")
+    for ours in (out.losses["lm"], losses):
+        close(ours[:, :-1], recorded["losses"], weights[:, :-1], "losses")
 
 
 @pytest.mark.parametrize("count, far", [(32, 128), (8, 20)])
