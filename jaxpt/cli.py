@@ -1,4 +1,4 @@
-"""The command line: ``jaxpt train``, ``jaxpt evaluate``, ``jaxpt show``, ``jaxpt plan`` and ``jaxpt data build``.
+"""The command line: ``jaxpt train``, ``evaluate``, ``embed``, ``show``, ``plan`` and ``data build``.
 
 Imports happen inside the commands, so that help is instant and the workers of a data build never load JAX.
 """
@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from jaxpt import process
 
@@ -24,7 +25,8 @@ Pre-train text models in JAX: from raw text to a trained, resumable, evaluated m
 
 commands:
   train CONFIG.py    train the model of a config file; resumes an unfinished run
-  evaluate RUN       measure a run on held-out text, beside the unigram baseline
+  evaluate RUN       measure a run on held-out text, beside the unigram baseline; or its vectors, by --task
+  embed RUN          write the vectors of your texts
   show CONFIG.py     what the model reads and must predict, and who sees whom, on your text or a row of data
   plan CONFIG.py     what the run needs on a TPU pod: memory, traffic, time; no TPU is needed
   data build OUT     turn raw text into token shards, and train or load a tokenizer
@@ -41,6 +43,8 @@ examples:
   jaxpt data build data/books --input books/*.txt.gz --vocab-size 32000
   jaxpt train configs/bert_small.py --data data/books --steps 50000 --out runs/books
   jaxpt evaluate runs/books
+  jaxpt evaluate runs/simcse --task sts --data stsb-dev.csv
+  jaxpt embed runs/simcse --input sentences.txt --output sentences.npy
 """
 
 TRAIN_HELP = """\
@@ -123,8 +127,36 @@ examples:
   jaxpt data build data/books --input books/ --vocab-size 32000
   jaxpt data build data/news --input news.jsonl.zst --field text --tokenizer tokenizer.json
   jaxpt data build data/pairs --input pairs.jsonl --fields source target --text-tokens 400 100
+  jaxpt data build data/nli --input nli.jsonl --fields anchor positives negatives --lists each --negatives 1
   jaxpt data build data/prose --corpus prose --vocab-size 8192
 """
+
+
+@dataclass(frozen=True)
+class EmbedArgs:
+    """Write the vectors of texts, one per line of the input and in its order, as a float32 array [texts, width].
+
+    Example: jaxpt embed runs/simcse --input sentences.txt, and then numpy.load("sentences.npy").
+    """
+
+    input: str
+    """A text per line, per record of JSON lines or per row of Parquet; also .gz .xz .zst .bz2."""
+    output: str | None = None
+    """The .npy file; INPUT.npy by default."""
+    field: str = "text"
+    """Field of JSON lines or column of Parquet that holds the text."""
+    text: int = 0
+    """Which text of an example these are, where the first and the second are read by different networks."""
+    pooling: Literal["first", "mean", "last"] | None = None
+    """What the vector is made of, if not what the objective says: the state of one token, or the mean of all."""
+    normalize: bool = False
+    """Make every vector as long as 1."""
+    step: int | None = None
+    """The checkpoint to take; the newest by default."""
+    batch_size: int = 64
+    """Texts at a time; the vectors do not depend on it."""
+    config: str | None = None
+    """The config file of the run; needed only where it defines an objective of its own."""
 
 
 @dataclass(frozen=True)
@@ -132,10 +164,19 @@ class EvaluateArgs:
     """Measure a run on held-out text: loss, perplexity, accuracy and, for a likelihood, bits per byte.
 
     Beside them stands the unigram baseline on the same positions. Example: jaxpt evaluate runs/quickstart --rows 512
+
+    With --task, measure its vectors of texts instead (docs/vectors.md): jaxpt evaluate RUN --task sts --data FILE
     """
 
     data: tuple[str, ...] | None = None
-    """Data folders to measure on (their validation split); the run's own by default. PATH=WEIGHT as in training."""
+    """Data folders to measure on (their validation split); the run's own by default. PATH=WEIGHT as in training.
+    With --task: the task's files."""
+    task: Literal["sts", "retrieval"] | None = None
+    """`sts`: pairs with scores, .tsv, .csv or .jsonl; `retrieval`: pairs, likewise, or two line-aligned files."""
+    columns: tuple[str, ...] = ()
+    """With --task sts: the names of the two texts and the score in a header, or of the fields of JSON lines."""
+    pooling: Literal["first", "mean", "last"] | None = None
+    """With --task: what a vector is made of, if not what the objective says."""
     step: int | None = None
     """The checkpoint to take; the newest by default."""
     rows: int | None = None
@@ -154,7 +195,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in args or os.environ.get("JAXPT_DEBUG", "") not in ("", "0")
     distributed = "--distributed" in args
     args = [arg for arg in args if arg not in ("--debug", "--distributed")]
-    commands = {"train": _train, "evaluate": _evaluate, "show": _show, "plan": _plan, "data": _data}
+    commands = {"train": _train, "evaluate": _evaluate, "embed": _embed}
+    commands |= {"show": _show, "plan": _plan, "data": _data}
     try:
         if argv is None and args[:1] == ["train"] and len(args) > 1 and not {"--help", "-h"} & set(args):
             process.restart_with_huge_pages()
@@ -164,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # tyro has said what is wrong, or printed help
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
-        goes_on = args[:1] not in (["evaluate"], ["show"])
+        goes_on = args[:1] not in (["evaluate"], ["embed"], ["show"])
         print("jaxpt: interrupted" + "; the same command goes on from what is saved" * goes_on, file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read our output (head, less) has gone, and that is no fault
@@ -337,23 +379,80 @@ def _evaluate(args: list[str]) -> int:
     for name, value in (("rows", asked.rows), ("batch-size", asked.batch_size)):
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, not {value}")
-    from jaxpt.config import config_types, load_config
-    from jaxpt.train import evaluate_run
+    known = _known(asked.config)
+    if asked.task:
+        metrics = _measure_task(run, asked, known)
+    else:
+        if asked.columns or asked.pooling:
+            raise ValueError("--columns and --pooling are for --task: say which task")
+        from jaxpt.train import evaluate_run
 
-    metrics = evaluate_run(
-        run,
-        data=asked.data,
-        step=asked.step,
-        rows=asked.rows,
-        batch_size=asked.batch_size,
-        known=config_types(load_config(asked.config)) if asked.config else (),
-    )
+        metrics = evaluate_run(
+            run, data=asked.data, step=asked.step, rows=asked.rows, batch_size=asked.batch_size, known=known
+        )
     if asked.json:
         print(json.dumps(metrics))
     else:
         width = max(map(len, metrics), default=0)
         for name, value in metrics.items():
             print(f"{name:<{width}}  {value:.6g}")
+    return 0
+
+
+def _known(config: str | None) -> tuple[type, ...]:
+    """The types of the configuration in a config file, where one is named."""
+    from jaxpt.config import config_types, load_config
+
+    return config_types(load_config(config)) if config else ()
+
+
+def _measure_task(run: str, asked: EvaluateArgs, known: tuple[type, ...]) -> dict[str, float]:
+    if not asked.data or asked.rows is not None:
+        raise ValueError(f"--task {asked.task} reads files of its own, whole: give --data FILE, and no --rows")
+    if len(asked.columns) not in (0, 3) or (asked.columns and asked.task != "sts"):
+        raise ValueError("--columns are three, of --task sts: the two texts and the score")
+    from jaxpt.embed import measure_run
+
+    assert asked.task is not None
+    return measure_run(
+        run,
+        asked.task,
+        asked.data,
+        columns=asked.columns,
+        pooling=asked.pooling,
+        step=asked.step,
+        batch_size=asked.batch_size or 64,
+        known=known,
+    )
+
+
+def _embed(args: list[str]) -> int:
+    _named_first(args, "the run directory", "jaxpt embed RUN")
+    import tyro
+
+    run, flags = (args[0], args[1:]) if args and args[0] not in ("--help", "-h") else ("RUN", ["--help"])
+    asked = tyro.cli(EmbedArgs, prog=f"jaxpt embed {run}", args=flags)
+    if asked.batch_size < 1 or asked.text < 0:
+        raise ValueError("--batch-size must be at least 1, and texts count from 0")
+    process.calm_cpu()
+    process.keep_compiled_programs()
+    from jaxpt.embed import embed_run
+
+    output = asked.output or f"{asked.input}.npy"
+    (count, width), cut, longest = embed_run(
+        run,
+        asked.input,
+        output,
+        field=asked.field,
+        text=asked.text,
+        pooling=asked.pooling,
+        normalize=asked.normalize,
+        step=asked.step,
+        batch_size=asked.batch_size,
+        known=_known(asked.config),
+    )
+    shown = f"; {cut} were longer than {longest} tokens and were cut" if cut else ""
+    print(f"wrote {output}: {count} vectors of {width} numbers{shown}")
     return 0
 
 

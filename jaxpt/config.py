@@ -26,6 +26,7 @@ from typing import Any
 from jaxpt.data.manifest import Manifest, write_atomically
 from jaxpt.optimizer import OptimizerConfig, check_optimizer
 from jaxpt.sharding import MeshConfig
+from jaxpt.tasks import parse_task
 from jaxpt.types import ObjectiveConfig
 
 BUILT_IN = ("prose", "code")  # corpora that are built from the installed packages when a run first asks for them
@@ -44,6 +45,7 @@ MAY_CHANGE = (
     "log_every",
     "eval_every",
     "eval_rows",
+    "tasks*",
     "diagnose_every",
     "checkpoint_every",
     "keep",
@@ -106,6 +108,9 @@ class RunConfig:
     """Steps between evaluations on held-out data; the end of a run always evaluates. 0: only at the end."""
     eval_rows: int | None = 512
     """Rows of held-out data per evaluation; None takes all of it."""
+    tasks: tuple[str, ...] = ()
+    """What is asked of the vectors of texts at every evaluation: sts=FILE, retrieval=FILE or FILE,FILE
+    (docs/vectors.md)."""
     diagnose_every: int = 0
     """Steps between measurements of how the loss's terms get along and how it bends (docs/diagnostics.md), each at the
     cost of about 40 steps. 0: never."""
@@ -249,6 +254,9 @@ def validate(config: RunConfig, *, data: bool = True) -> None:
     _check(config.vocab_size >= 300, f"vocab_size is {config.vocab_size}: 256 bytes and the special tokens need 300")
     out = config.out or ""
     _check("://" not in out, f"out is {out}: a run directory must be on a local or mounted file system")
+    for kind, files in map(parse_task, config.tasks):
+        for file in files:
+            _check(not data or Path(file).exists(), f"tasks: there is no file {file} for {kind}")
     begin = 0
     for phase in resolve_phases(config):
         _check(phase.from_step >= begin, f"a phase begins at step {phase.from_step}, but one before it at {begin - 1}")

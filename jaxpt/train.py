@@ -22,7 +22,9 @@ from jaxpt import config as configuration
 from jaxpt.checkpoint import Checkpoints, Preemption
 from jaxpt.config import BUILT_IN, RunConfig, parse_source, rate_changes, resolve_phases, with_layers
 from jaxpt.data.build import BuildConfig, build
+from jaxpt.data.manifest import Manifest
 from jaxpt.data.pipeline import Phase, Pipeline, Source, check_continues, held_out
+from jaxpt.data.tokenizer import built_tokenizer
 from jaxpt.diagnostics import make_alignment, make_curvature, readings
 from jaxpt.evaluate import evaluate
 from jaxpt.metrics import Meter, MetricsWriter, matmul_flops, peak_flops
@@ -31,6 +33,7 @@ from jaxpt.models.config import DENSE_ONLY
 from jaxpt.optimizer import assign_groups, learning_rate_schedule, make_optimizer, trainable
 from jaxpt.sharding import MeshConfig, check_rows, local_rows, make_mesh, put_batch, state_shardings
 from jaxpt.step import Measured, initial_state, make_eval_step, make_example, make_train_step, seed_key
+from jaxpt.tasks import measure_task, open_tasks, vectors_of
 from jaxpt.tracing import StepTrace
 from jaxpt.types import Batch, Example, Objective, RowSpec, Snapshot, Sums, TrainState, Tree, Vocab
 
@@ -162,6 +165,28 @@ def compiled_diagnosis(
         return readings(tuple(parts.objective.scale), *measured)
 
     return diagnose
+
+
+def opened_tasks(
+    config: RunConfig, vocab: Vocab, phases: tuple[Phase, ...], mesh: Mesh
+) -> Callable[[TrainState], dict[str, float]]:
+    """Return what measures the run's tasks, with their texts read and encoded."""
+    if not config.tasks:
+        return lambda state: {}
+    tokenizer = built_tokenizer(Manifest.load(phases[0].sources[0].path))
+    length = min(phase.length for phase in phases)
+    vectors = vectors_of(config.objective.for_evaluation(), vocab, length, mesh)
+    tasks = open_tasks(config.tasks, tokenizer, vectors.longest)
+
+    def measure(state: TrainState) -> dict[str, float]:
+        params = state.params if state.averaged is None else state.averaged
+        snapshot = Snapshot(params, state.carry, state.step)
+        found: dict[str, float] = {}
+        for task in tasks:
+            found |= measure_task(task, vectors, snapshot, mesh)
+        return found
+
+    return measure
 
 
 def describe(config: RunConfig, parts: Parts, phases: tuple[Phase, ...], mesh: Mesh) -> str:
@@ -354,6 +379,7 @@ def train(config: RunConfig) -> int:
         train_step = compiled_train_step(config, parts, mesh)
         eval_step = jax.jit(make_eval_step(parts.judge, seed=config.seed), out_shardings=NamedSharding(mesh, P()))
         diagnose = compiled_diagnosis(config, parts, pipeline.vocab, mesh) if config.diagnose_every else None
+        ask = opened_tasks(config, pipeline.vocab, phases, mesh)
         rate = learning_rate_schedule(config.optimizer, config.steps, rate_changes(config))
         writer = closing.enter_context(MetricsWriter(folder, config.steps, resume_step=start or None, write=first))
         for note in [describe(config, parts, phases, mesh), *notes, "compiling; the first lines follow"]:
@@ -393,7 +419,7 @@ def train(config: RunConfig) -> int:
             )
             params = state.params if state.averaged is None else state.averaged
             with meter.paused():
-                metrics = evaluate(parts.judge, eval_step, params, state.carry, state.step, batches)
+                metrics = evaluate(parts.judge, eval_step, params, state.carry, state.step, batches) | ask(state)
                 writer.evaluation(step, metrics)
             return metrics["loss"]
 
@@ -445,6 +471,43 @@ def train(config: RunConfig) -> int:
 # ------------------------------------------------------------------------------------------------ evaluation
 
 
+class Trained(NamedTuple):
+    """A run's checkpoint, ready to be used."""
+
+    config: RunConfig
+    parts: Parts
+    vocab: Vocab
+    phase: Phase  # that the step belongs to
+    mesh: Mesh
+    snapshot: Snapshot
+
+
+@contextlib.contextmanager
+def open_trained(run: str, step: int | None = None, known: tuple[type, ...] = ()) -> Iterator[Trained]:
+    """Restore what a run has trained, within its mesh: the averaged parameters, where it keeps such.
+
+    Args:
+      run: the run directory.
+      step: the checkpoint; the newest sound one by default.
+      known: configuration types that are not jaxpt's.
+
+    Raises:
+      ValueError: there is no such run or checkpoint.
+    """
+    config = configuration.load(Path(run) / "config.json", known)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
+    phases = open_phases(config)
+    with jax.set_mesh(mesh), Checkpoints(Path(run) / "checkpoints") as store:
+        vocab = Pipeline(phases, RowSpec(), config.seed).vocab
+        parts = make_parts(config, vocab, mesh)
+        which = "latest" if step is None else step
+        restored = store.restore_params(parts.abstract.params, which, averaged=parts.abstract.averaged is not None)
+        phase = [phase for phase in phases if phase.from_step < max(restored.step, 1)][-1]
+        carry = parts.judge.start(restored.state, jax.random.key(config.seed)) if parts.judge.start else {}
+        snapshot = Snapshot(restored.state, carry, jax.numpy.int32(restored.step))
+        yield Trained(config, parts, vocab, phase, mesh, snapshot)
+
+
 def evaluate_run(
     run: str,
     *,
@@ -467,22 +530,12 @@ def evaluate_run(
     Raises:
       ValueError: there is no such run or checkpoint, or the data have another tokenizer.
     """
-    config = configuration.load(Path(run) / "config.json", known)
-    mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
-    phases = open_phases(config)
-    with jax.set_mesh(mesh), Checkpoints(Path(run) / "checkpoints") as store:
-        vocab = Pipeline(phases, RowSpec(), config.seed).vocab
-        parts = make_parts(config, vocab, mesh)
-        which = "latest" if step is None else step
-        restored = store.restore_params(parts.abstract.params, which, averaged=parts.abstract.averaged is not None)
-        phase = [phase for phase in phases if phase.from_step < max(restored.step, 1)][-1]
+    with open_trained(run, step, known) as (config, parts, _, phase, mesh, snapshot):
         sources = open_sources(data, config.vocab_size) if data else phase.sources
         if data:  # the same tokenizer, or the numbers mean nothing
             Pipeline([Phase(0, (*phase.sources, *sources), phase.length, 1)], RowSpec(), 0)
         size = phase.batch_size if batch_size is None else batch_size
         check_rows(size, 1, mesh)
-        carry = parts.judge.start(restored.state, jax.random.key(config.seed)) if parts.judge.start else {}
         batches = held_out_batches(sources, parts.judge.rows, phase.length, size, rows, mesh)
         eval_step = jax.jit(make_eval_step(parts.judge, seed=config.seed), out_shardings=NamedSharding(mesh, P()))
-        metrics = evaluate(parts.judge, eval_step, restored.state, carry, jax.numpy.int32(restored.step), batches)
-        return {"step": restored.step, **metrics}
+        return {"step": int(snapshot.step), **evaluate(parts.judge, eval_step, *snapshot, batches)}

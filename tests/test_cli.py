@@ -84,7 +84,7 @@ def test_python_m_jaxpt_is_the_command():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["tokenize"], "the commands are train, evaluate, show, plan, data"),
+        (["tokenize"], "the commands are train, evaluate, embed, show, plan, data"),
         (["data", "biuld"], "did you mean `jaxpt data build`?"),
         (["train", "--steps", "5"], "name the config file before --steps"),
         (["train", "nowhere.py"], "there is no config file nowhere.py"),

@@ -334,6 +334,7 @@ def test_the_same_run_and_what_may_change_resume():
         profile=5,
         preemption_exit_code=75,
         out="runs/moved",
+        tasks=("sts=FILE",),
         phases=(PhaseConfig(50, seq_len=512),),
     )
     assert resume_differences(RUN, RUN) == []
@@ -354,7 +355,7 @@ REFUSED = {
     "phases": (PhaseConfig(10, seq_len=64),),
 }
 ALLOWED = {"steps", "microbatches", "mesh", "log_every", "eval_every", "eval_rows", "checkpoint_every", "keep"}
-ALLOWED |= {"keep_best", "max_failing", "profile", "preemption_exit_code", "out", "diagnose_every"}
+ALLOWED |= {"keep_best", "max_failing", "profile", "preemption_exit_code", "out", "diagnose_every", "tasks"}
 
 
 @pytest.mark.parametrize("name", REFUSED)

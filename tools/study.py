@@ -248,8 +248,8 @@ def classify(states_ND: np.ndarray, labels_N: np.ndarray) -> float:
 # ------------------------------------------------------------------------------------------------- all runs
 
 
-def run_all(args: argparse.Namespace, wanted: Sequence[tuple[str, int]]) -> None:
-    """Run what is not done yet, some at a time, each on its own cores."""
+def run_all(args: argparse.Namespace, wanted: Sequence[tuple[str, int]], script: str = __file__) -> None:
+    """Run what is not done yet by a script, some at a time, each on its own cores."""
     results, logs = Path(args.out, "results"), Path(args.out, "logs")
     for folder in (results, logs):
         folder.mkdir(parents=True, exist_ok=True)
@@ -262,7 +262,7 @@ def run_all(args: argparse.Namespace, wanted: Sequence[tuple[str, int]]) -> None
         while waiting and len(running) < args.jobs:
             arm, seed = waiting.pop(0)
             lane = next(lane for lane in range(args.jobs) if all(lane != taken for _, _, taken, _ in running))
-            command = [sys.executable, __file__, *sys.argv[1:], "--one", arm, "--seed", str(seed)]
+            command = [sys.executable, script, *sys.argv[1:], "--one", arm, "--seed", str(seed)]
             pin = [] if not cores or args.jobs == 1 else cores[lane :: args.jobs]
             with (logs / f"{arm}-{seed}.log").open("w") as log:
                 environment = os.environ | {"JAXPT_STUDY_CORES": ",".join(map(str, pin))}

@@ -30,6 +30,7 @@ from jaxpt.data.finish import KEY, part_arrays, write_rest, write_shards
 from jaxpt.data.jobs import run, say
 from jaxpt.data.manifest import Manifest, Split, is_local, write_atomically
 from jaxpt.data.phrases import FREQUENT, find_phrases, save_word_tables
+from jaxpt.data.text import Fields
 from jaxpt.data.tokenizer import Tokenizer, byte_tokenizer, open_tokenizer, sentencepiece_tokenizer
 from jaxpt.data.train_tokenizer import Sample, check_vocab_size, train_sentencepiece
 from jaxpt.data.vocabulary import SENTINELS
@@ -55,10 +56,15 @@ class BuildConfig:
     """Field of JSON lines or column of Parquet that holds the text or a list of sentences; dots descend."""
     fields: tuple[str, ...] = ()
     """Instead of field, those of the texts of an example: `--fields source target` builds pairs."""
+    lists: Literal["join", "each"] = "join"
+    """What a list in one of the fields is: the sentences of one text, or several texts, each of which makes an example
+    (`--fields query positives --lists each`)."""
+    negatives: int = 0
+    """Texts of every example that are taken of the last of the fields, a list of hard negatives of any number."""
     aligned: tuple[str, ...] = ()
     """Instead of input, line-aligned files (or patterns): line n of all of them is an example, the first its source."""
     text_tokens: tuple[int, ...] = ()
-    """Most tokens of each text of an example: a number for each, or one for all."""
+    """Most tokens of each text of an example: a number for each field or file, or one for all."""
     long_texts: Literal["skip", "cut"] = "skip"
     """What becomes of an example with a longer text: it is left out, or the text is cut; both are counted."""
     document: Unit = "file"
@@ -209,6 +215,13 @@ def _check_texts(config: BuildConfig) -> None:
         raise ValueError("lines of --aligned files have no --fields: give one of the two")
     if not count and (config.text_tokens or config.long_texts != "skip"):
         raise ValueError("--text-tokens and --long-texts are for pairs: give --fields or --aligned, too")
+    if not config.fields and (config.negatives or config.lists != "join"):
+        raise ValueError("--negatives and --lists are for the texts of examples: name their --fields, too")
+    if config.negatives < 0 or (config.negatives and count < 3):
+        raise ValueError(
+            "--negatives is how many texts are taken of the last of at least three --fields, for example "
+            "--fields query positives negatives --negatives 1"
+        )
     if min(config.text_tokens, default=1) < 1 or len(config.text_tokens) not in (0, 1, count):
         raise ValueError(f"--text-tokens is one number or {count}, each at least 1, not {config.text_tokens}")
     if count and (config.fim_rate or config.gap_scores):
@@ -226,6 +239,7 @@ def _texts(config: BuildConfig, results: Sequence[dict[str, Any]]) -> dict[str, 
     count = len(config.fields or config.aligned)
     if not count:
         return {}
+    count += max(0, config.negatives - 1)
     longest, cut = max(result["longest"] for result in results), sum(result["cut"] for result in results)
     if cut:
         say(f"cut {cut} examples: a text was longer than --text-tokens")
@@ -249,6 +263,8 @@ def _key(config: BuildConfig, pieces: Sequence[Piece], tokenizer: Tokenizer | No
     unused = ["out", "workers", "strict"]
     unused += [] if config.phrases else ["phrases", "phrase_count", "phrase_share"]
     unused += [] if config.fields or config.aligned else ["fields", "aligned", "text_tokens", "long_texts"]
+    unused += [] if config.lists != "join" else ["lists"]
+    unused += [] if config.negatives else ["negatives"]
     unused += [] if config.gap_scores else ["gap_scores"]
     unused += [] if config.sentinels != SENTINELS else ["sentinels"]
     unused += [] if config.fim_rate else ["fim_rate", "fim_spm_rate", "fim_seed"]
@@ -318,19 +334,24 @@ def _parts(config: BuildConfig, pieces: Sequence[Piece], work: Path) -> list[par
         parts.Part(
             i,
             group,
-            config.fields or config.field,
+            Fields(config.fields, config.lists == "each", config.negatives) if config.fields else config.field,
             config.document,
             str(work),
             config.validation,
             config.strict,
             (config.fim_rate, config.fim_spm_rate, config.fim_seed),
-            config.text_tokens
-            if len(config.text_tokens) != 1
-            else config.text_tokens * len(config.fields or config.aligned),
+            _limits(config),
             config.long_texts == "cut",
         )
         for i, group in enumerate(parts.plan(pieces, config.document))
     ]
+
+
+def _limits(config: BuildConfig) -> tuple[int, ...]:
+    """The most tokens of each text of an example."""
+    given = config.text_tokens
+    limits = given * len(config.fields or config.aligned) if len(given) == 1 else given
+    return limits + limits[-1:] * max(0, config.negatives - 1)
 
 
 def _total(jobs: Sequence[parts.Part]) -> int:

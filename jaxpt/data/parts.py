@@ -42,13 +42,13 @@ class Part(NamedTuple):
     Args:
       number: its place in the order of the input.
       pieces: what it reads.
-      field: the field or column that holds the text; or those of the texts of an example.
+      field: the field or column that holds the text; or those of the texts of examples.
       unit: what a document of a text file is.
       work: the folder for what is made of it.
       validation: fraction of documents for validation.
       strict: refuse problems instead of counting them.
       infilling: share of documents cut for fill-in-the-middle, share of those with the suffix first, seed.
-      limits: of an example, the most tokens of each text; empty = any number.
+      limits: of an example, the most tokens of each text, of those that it has; empty = any number.
       cut: cut longer texts instead of leaving their examples out.
       tokenizer: digest of the tokenizer that `work` holds.
     """
@@ -205,7 +205,9 @@ def encode_part(part: Part) -> dict[str, Any]:
                 continue
             tokens, starts, data, *_ = encoded
             hashes.append(content_hash(data))
-            split = "validation" if hashes[-1] < int(part.validation * 2.0**64) else "train"
+            by = item.split_by if isinstance(item, Texts) else None
+            share = hashes[-1] if by is None else content_hash(by.encode())
+            split = "validation" if share < int(part.validation * 2.0**64) else "train"
             (train if split == "train" else validation).write(encode_document(tokens, starts))
             lengths[split].append(len(tokens))
             for name, value in zip(COUNTS, (1, len(tokens), len(data), int(starts.sum())), strict=True):
@@ -254,10 +256,11 @@ def _encode_texts(
         return Problem(example.where, "a text without tokens", empty[:40])
     whole = sum(map(len, texts))
     if limits:
-        long = [len(tokens) > limit for tokens, limit in zip(texts, limits, strict=True)]
+        limited = list(zip(texts, limits, strict=False))  # the last texts may be absent
+        long = [len(tokens) > limit for tokens, limit in limited]
         if any(long) and not cut:
             return Problem(example.where, "longer than --text-tokens", example.texts[long.index(True)][:40])
-        texts = [tokens[:limit] for tokens, limit in zip(texts, limits, strict=True)]
+        texts = [tokens[:limit] for tokens, limit in limited]
     starts = np.concatenate([np.arange(len(tokens)) == 0 for tokens in texts])
     return np.concatenate(texts).astype(token_dtype(tokenizer)), starts, example.text.encode(), whole
 

@@ -312,7 +312,13 @@ def _load_manifests(paths: Sequence[str], rows: RowSpec) -> dict[str, Manifest]:
                     f"{', '.join(sorted(manifest.extras)) or 'none'}): build the data again with {remedy}, in another "
                     f"folder, or choose an objective that does not need it"
                 )
-        if manifest.texts.get("count", 0) < rows.texts:
+        there = manifest.texts.get("count", 0)
+        if 0 < there < rows.texts:
+            raise ValueError(
+                f"the objective reads examples of {rows.texts} texts and those of {path} have {there}: build the data "
+                f"with as many --fields, or with hard --negatives, or let the objective read fewer"
+            )
+        if there < rows.texts:
             raise ValueError(
                 f"the objective reads examples of {rows.texts} texts and the data in {path} are documents: build pairs "
                 f"with `jaxpt data build {path} --input FILES --fields source target` or `--aligned FILE FILE`"

@@ -26,6 +26,7 @@ class Texts(NamedTuple):
 
     texts: tuple[str, ...]
     where: str  # in its file
+    split_by: str | None = None  # what decides between training and validation instead of all texts
 
     @property
     def text(self) -> str:

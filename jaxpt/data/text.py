@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from itertools import zip_longest
+from itertools import product, zip_longest
 from typing import IO, Any, NamedTuple
 
 from etils import epath
@@ -30,8 +30,22 @@ class Problem(NamedTuple):
         return f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 
+class Fields(NamedTuple):
+    """Where the texts of an example are.
+
+    Args:
+      names: the field of each text.
+      each: a list in a field is alternatives, of which every one makes an example; else it is the sentences of a text.
+      negatives: K, how many texts are taken of the last field, which may be a list of any number.
+    """
+
+    names: tuple[str, ...]
+    each: bool = False
+    negatives: int = 0
+
+
 Item = Document | Texts | Problem
-Field = str | tuple[str, ...]  # of a document; of each text of an example
+Field = str | Fields  # of a document, or of the texts of an example
 
 
 def read_piece(
@@ -42,7 +56,7 @@ def read_piece(
     Args:
       piece: what to read.
       field: the field of JSON lines or the column of Parquet; dots descend ("meta.body"). A list of strings is
-        taken as the sentences of the document. Several fields are the texts of one example.
+        taken as the sentences of the document. ``Fields`` are the texts of examples.
       unit: what a document of a plain text file is.
       progress: told the number of stored bytes as they are read.
 
@@ -143,7 +157,7 @@ def _read_lines(stream: IO[bytes], piece: Piece, field: Field, unit: Unit) -> It
         for where, position, line in lines():
             if kind == "jsonl":
                 if line.strip():
-                    yield _json_document(line, position, where, field)
+                    yield from _json_documents(line, position, where, field)
             elif line.strip():
                 yield _plain(line.removesuffix(b"\n").removesuffix(b"\r"), position, where, bom=position == 0)
     except DAMAGE as error:
@@ -200,21 +214,55 @@ def _blocks(lines: Iterator[tuple[str, int, bytes]], fasta: bool) -> Iterator[Do
     yield from finish()
 
 
-def _json_document(line: bytes, position: int, where: str, field: Field) -> Item:
+def _json_documents(line: bytes, position: int, where: str, field: Field) -> list[Item]:
     try:
         record = json.loads(line.decode("utf-8-sig" if position == 0 else "utf-8"))
     except UnicodeDecodeError as error:
-        return Problem(where, "not UTF-8", f"0x{line[error.start]:02x} at byte {position + error.start}")
+        return [Problem(where, "not UTF-8", f"0x{line[error.start]:02x} at byte {position + error.start}")]
     except (ValueError, RecursionError) as error:
-        return Problem(where, "not JSON", str(error))
+        return [Problem(where, "not JSON", str(error))]
     return _from_record(record, field, where)
 
 
-def _from_record(record: Any, field: Field, where: str) -> Item:
-    """The document in a record's field, as a string or a list of sentences; or the texts in several fields."""
-    if isinstance(field, tuple):
-        return _together([_document_of(record, name, where) for name in field], where)
-    return _document_of(record, field, where)
+def _from_record(record: Any, field: Field, where: str) -> list[Item]:
+    """The document in a record's field, as a string or a list of sentences; or the examples in several fields."""
+    if isinstance(field, str):
+        return [_document_of(record, field, where)]
+    last = len(field.names) - 1
+    sides = [
+        _texts_of(record, name, where)
+        if field.each or (field.negatives and number == last)
+        else [_document_of(record, name, where)]
+        for number, name in enumerate(field.names)
+    ]
+    problem = next((item for side in sides for item in side if isinstance(item, Problem)), None)
+    if problem:
+        return [problem]
+    texts = [[item.text for item in side if isinstance(item, Document)] for side in sides]
+    return list(_examples(texts, field, where))
+
+
+def _examples(texts: list[list[str]], field: Fields, where: str) -> Iterator[Texts | Problem]:
+    """An example for every combination of alternatives; they take turns in the hard negatives, if there are some."""
+    negatives = texts.pop() if field.negatives else []
+    if not all(texts):
+        name = field.names[[bool(side) for side in texts].index(False)]
+        yield Problem(where, f"field {name!r} is not text", "it is an empty list")
+        return
+    for number, example in enumerate(product(*texts)):
+        taken = min(field.negatives, len(negatives))
+        own = (negatives[(number * field.negatives + each) % len(negatives)] for each in range(taken))
+        # examples of one anchor stay on one side of the split
+        yield Texts((*example, *own), where, example[0] if field.each else None)
+
+
+def _texts_of(record: Any, name: str, where: str) -> list[Document | Problem]:
+    """Every text of a field: one, a list, or none at all (null)."""
+    value = _value_of(record, name, where)
+    if isinstance(value, Problem):
+        return [value]
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    return [_as_document(each, name, where) for each in values]
 
 
 def _together(items: list[Document | Problem], where: str) -> Texts | Problem:
@@ -226,6 +274,12 @@ def _together(items: list[Document | Problem], where: str) -> Texts | Problem:
 
 
 def _document_of(record: Any, field: str, where: str) -> Document | Problem:
+    value = _value_of(record, field, where)
+    return value if isinstance(value, Problem) else _as_document(value, field, where)
+
+
+def _value_of(record: Any, field: str, where: str) -> Any:
+    """What a record has in a field, or the problem that there is none."""
     value = record
     if isinstance(record, dict) and field in record:
         value = record[field]
@@ -237,6 +291,12 @@ def _document_of(record: Any, field: str, where: str) -> Document | Problem:
                     where, f"no field {field!r}", f"there is {known[:200]}; choose with --field (or --fields)"
                 )
             value = value[key]
+    return value
+
+
+def _as_document(value: Any, field: str, where: str) -> Document | Problem:
+    if isinstance(value, bytes):
+        return _plain(value, 0, where, bom=False)
     if isinstance(value, str):
         return check(Document(value), where)
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
@@ -280,7 +340,7 @@ def _read_parquet(piece: Piece, field: Field, progress: Callable[[int], Any]) ->
         with epath.Path(piece.path).open("rb") as raw:
             file = pq.ParquetFile(raw)
             names = file.schema_arrow.names
-            wanted = field if isinstance(field, tuple) else (field,)
+            wanted = (field,) if isinstance(field, str) else field.names
             columns = [name if name in names else name.split(".")[0] for name in wanted]
             missing = [name for name, column in zip(wanted, columns, strict=True) if column not in names]
             if missing:
@@ -294,13 +354,7 @@ def _read_parquet(piece: Piece, field: Field, progress: Callable[[int], Any]) ->
                     for record in batch.to_pylist():
                         row += 1
                         where = f"row {row}"
-                        items = [
-                            _plain(record[column], 0, where, bom=False)
-                            if isinstance(record[column], bytes)
-                            else _document_of(record, name, where)
-                            for name, column in zip(wanted, columns, strict=True)
-                        ]
-                        yield _together(items, where) if isinstance(field, tuple) else items[0]
+                        yield from _from_record(record, field, where)
                 progress(piece.size // max(file.num_row_groups, 1))
     except (pa.ArrowException, OSError) as error:
         yield Problem(f"after {where}", "truncated or damaged Parquet file", str(error).splitlines()[0])

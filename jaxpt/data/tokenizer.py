@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from jaxpt.data.manifest import Manifest
 from jaxpt.data.vocabulary import NAMES, SENTINELS, byte_level_table, find_special, starts_word
 
 _WINDOW = 1 << 18  # characters that are encoded at once; longer texts are encoded in overlapping windows
@@ -392,6 +393,12 @@ def load_tokenizer(data: bytes, kind: str, options: Mapping[str, str] | None = N
     assert kind == "wordpiece", kind
     lowercase = options.get("lowercase")
     return wordpiece_tokenizer(data, None if lowercase is None else lowercase == "true", sentinels)
+
+
+def built_tokenizer(manifest: Manifest) -> Tokenizer:
+    """The tokenizer of a data build."""
+    record = dict(manifest.tokenizer)
+    return load_tokenizer((manifest.path / record["file"]).read_bytes(), record["kind"], record)
 
 
 def open_tokenizer(path: str, lowercase: bool | None = None, sentinels: int = SENTINELS) -> Tokenizer:

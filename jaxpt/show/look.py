@@ -20,7 +20,7 @@ from jaxpt.data.manifest import Manifest
 from jaxpt.data.packing import cut_piece, fill_rows
 from jaxpt.data.pipeline import Phase, Pipeline
 from jaxpt.data.sentences import Document, document_starts
-from jaxpt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxpt.data.tokenizer import Tokenizer, built_tokenizer
 from jaxpt.models.config import TransformerConfig
 from jaxpt.show.reading import Reading, reading_of
 from jaxpt.step import make_example, seed_key
@@ -75,7 +75,7 @@ def look(config: RunConfig, texts: Sequence[str] = (), row: int = 0, step: int =
     size = phase.batch_size
     if not 0 <= row < size:
         raise ValueError(f"--row {row}: the batch of step {step} has {size} rows, 0 to {size - 1}")
-    tokenizer = _tokenizer_of(Manifest.load(phase.sources[0].path))
+    tokenizer = built_tokenizer(Manifest.load(phase.sources[0].path))
     if texts:
         batch = text_row(texts, tokenizer, objective.rows, phase.length, opened.vocab.pad, row)
         source = f"your text, as row {row} of step {step}"
@@ -96,12 +96,6 @@ def look(config: RunConfig, texts: Sequence[str] = (), row: int = 0, step: int =
 
 
 # ------------------------------------------------------------------------------------------------ the row
-
-
-def _tokenizer_of(manifest: Manifest) -> Tokenizer:
-    """The tokenizer of a data build."""
-    record = dict(manifest.tokenizer)
-    return load_tokenizer((manifest.path / record["file"]).read_bytes(), record["kind"], record)
 
 
 def text_row(texts: Sequence[str], tokenizer: Tokenizer, rows: RowSpec, length: int, pad: int, row: int) -> Batch:

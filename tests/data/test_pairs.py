@@ -14,8 +14,8 @@ import pytest
 from jaxpt.data.build import BuildConfig, build
 from jaxpt.data.files import list_aligned
 from jaxpt.data.manifest import Manifest
-from jaxpt.data.pipeline import Phase, Pipeline, Source
-from jaxpt.data.tokenizer import load_tokenizer
+from jaxpt.data.pipeline import Phase, Pipeline, Source, held_out
+from jaxpt.data.tokenizer import built_tokenizer, load_tokenizer
 from jaxpt.types import RowSpec
 
 PAIRS = [(f"Source number {i}. It has two sentences.", f"Ziel {i}" + " und mehr" * (i % 4)) for i in range(40)]
@@ -173,3 +173,82 @@ def test_a_build_of_documents_has_the_digest_that_it_had(tmp_path: Path):
     assert Manifest.load(manifest.path).digest == manifest.digest
     pairs = built(tmp_path / "p", input=json_lines(tmp_path, [{"s": s, "t": t} for s, t in PAIRS]), fields=("s", "t"))
     assert np.all([pairs.digest != manifest.digest, pairs.texts["count"] == 2])
+
+
+# ------------------------------------------------------------------------- several positives, hard negatives
+
+RECORDS = [
+    {
+        "query": f"query {i}",
+        "positives": [f"p{i}.{k}" for k in range(i % 3 + 1)],
+        "negatives": ["a", "bb", "ccc"][: i % 4],
+    }
+    for i in range(60)
+]
+
+
+def examples_of(manifest: Manifest, split: str, texts: int) -> list[tuple[str, ...]]:
+    """The texts of the examples that rows hold, one example per row; absent ones are empty."""
+    tokenizer = built_tokenizer(manifest)
+    rows = RowSpec("one_document", texts=texts)
+    found = []
+    for batch in held_out([Source(str(manifest.path))], rows, 60, 8, split=split):
+        for tokens, segments, sentences in zip(batch.tokens, batch.segment_ids, batch.sentence_ids, strict=True):
+            if segments.any():
+                sides = [tokens[(segments == 1) & (sentences == side)] for side in range(texts)]
+                found.append(tuple(tokenizer.decode(side) for side in sides))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["json lines", "parquet"])
+def test_every_positive_is_an_example_with_its_negatives(tmp_path: Path, kind: str):
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "r.parquet")
+        given = (str(tmp_path / "r.parquet"),)
+    else:
+        given = json_lines(tmp_path, RECORDS)
+    options = {"fields": ("query", "positives", "negatives"), "lists": "each", "negatives": 2}
+    manifest = built(tmp_path, input=given, **options, validation=0.4)
+    assert manifest.texts["count"] == 4
+    train, held = (examples_of(manifest, split, 4) for split in ("train", "validation"))
+    expected = []
+    for record in RECORDS:
+        pool = record["negatives"]
+        for k, positive in enumerate(record["positives"]):
+            taken = [pool[(2 * k + j) % len(pool)] for j in range(min(2, len(pool)))]
+            expected.append((record["query"], positive, *taken, *[""] * (2 - len(taken))))
+    assert sorted(train + held) == sorted(expected)
+    assert not {example[0] for example in train} & {example[0] for example in held}
+    assert len(train) > 20 and len(held) > 20
+
+
+def test_negatives_without_lists_of_positives(tmp_path: Path):
+    records = [{"q": f"q{i}", "p": ["It is.", "Yes."], "n": None if i % 2 else "no"} for i in range(30)]
+    options = {"fields": ("q", "p", "n"), "negatives": 1, "text_tokens": (5, 9, 2)}
+    manifest = built(tmp_path, input=json_lines(tmp_path, records), **options, long_texts="cut")
+    found = sorted(examples_of(manifest, "train", 3) + examples_of(manifest, "validation", 3))
+    assert found == sorted((f"q{i}", "It is. Ye", "" if i % 2 else "no") for i in range(30))  # sentences of one text
+    assert manifest.texts["cut"] == 30
+    with pytest.raises(ValueError, match=r"examples of 4 texts and those of .* have 3"):
+        Pipeline([Phase(0, (Source(str(manifest.path)),), 60, 2)], RowSpec("one_document", texts=4), seed=0)
+
+
+def test_what_is_wrong_with_lists_is_counted(tmp_path: Path):
+    wrong = [{"query": "q", "positives": [], "negatives": []}, {"query": "q", "positives": ["p", 3], "negatives": []}]
+    wrong += [{"query": "q", "positives": ["p", ""], "negatives": []}, {"query": "q", "positives": ["p"]}]
+    options = {"fields": ("query", "positives", "negatives"), "lists": "each", "negatives": 1}
+    manifest = built(tmp_path, input=json_lines(tmp_path, RECORDS + wrong), **options)
+    assert {reason: entry["examples"] for reason, entry in manifest.skipped.items()} == {
+        "field 'positives' is not text": [
+            f"{tmp_path / 'pairs.jsonl'}: line 61: field 'positives' is not text (it is an empty list)",
+            f"{tmp_path / 'pairs.jsonl'}: line 62: field 'positives' is not text (it is a int)",
+        ],
+        "empty document": [f"{tmp_path / 'pairs.jsonl'}: line 63: empty document"],
+        "no field 'negatives'": [
+            f"{tmp_path / 'pairs.jsonl'}: line 64: no field 'negatives' (there is 'query', 'positives'; choose with "
+            f"--field (or --fields))"
+        ],
+    }
+    for bad in ({"negatives": 1}, {"lists": "each"}, {"fields": ("query", "positives"), "negatives": 1}):
+        with pytest.raises(ValueError, match="--negatives"):
+            built(tmp_path / "bad", input=json_lines(tmp_path, RECORDS), **bad)

@@ -1,0 +1,138 @@
+"""What a finished run is used for where it makes vectors: `jaxpt embed`, and `jaxpt evaluate --task`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jaxpt.data.manifest import Manifest
+from jaxpt.data.tokenizer import Tokenizer, built_tokenizer
+from jaxpt.models.heads import Pooling
+from jaxpt.tasks import Vectors, encode, make_vectors, measure_task, open_task, vectors_of
+from jaxpt.tasks.reading import read_texts
+from jaxpt.tasks.vectors import text_rows
+from jaxpt.train import Trained, open_trained
+
+
+def embed_run(
+    run: str,
+    file: str,
+    output: str,
+    *,
+    field: str = "text",
+    text: int = 0,
+    pooling: Pooling | None = None,
+    normalize: bool = False,
+    step: int | None = None,
+    batch_size: int = 64,
+    known: tuple[type, ...] = (),
+) -> tuple[tuple[int, int], int, int]:
+    """Write the vectors of the texts of a file, in their order, as one float32 array.
+
+    Args:
+      run: the run directory.
+      file: a text per line, per record of JSON lines or per row of Parquet.
+      output: the .npy file, which is written while they are made and is there when it is whole.
+      field: of JSON lines and Parquet.
+      text: for which of the texts of an example they stand, where those are read by different networks.
+      pooling: another one than the objective's.
+      normalize: make every vector as long as 1.
+      step: the checkpoint; the newest by default.
+      batch_size: texts at a time.
+      known: configuration types that are not jaxpt's.
+
+    Returns:
+      The shape of the array, how many texts were cut, and at how many tokens.
+
+    Raises:
+      ValueError: no such run, objective without vectors, or file with something else than texts.
+    """
+    if Path(output).suffix != ".npy":
+        raise ValueError(f"--output {output}: vectors are written as numpy's .npy: name a file that ends so")
+    texts = read_texts(file, field)
+    with open_trained(run, step, known) as trained:
+        vectors, tokenizer = _vectors(trained, pooling)
+        tokens, cut = encode(tokenizer, texts, vectors.longest)
+        shape = (len(texts), _width(vectors, trained, text))
+        first = jax.process_index() == 0
+        part = Path(f"{output}.part")
+        into = np.lib.format.open_memmap(part, "w+", np.dtype(np.float32), shape) if first else np.zeros(shape, "f4")
+        options = {"text": text, "batch_size": batch_size, "into": into}
+        with _progress() as progress:
+            bar = progress.add_task("embedding", total=len(texts))
+            make_vectors(
+                vectors, trained.snapshot, tokens, trained.mesh, progress=lambda n: progress.advance(bar, n), **options
+            )
+        if normalize:
+            into /= np.maximum(np.linalg.norm(into, axis=1, keepdims=True), 1e-12)
+        if first:
+            into.flush()  # type: ignore[attr-defined]
+            part.replace(output)
+    return shape, cut, vectors.longest
+
+
+def measure_run(
+    run: str,
+    task: str,
+    files: Sequence[str],
+    *,
+    columns: Sequence[str] = (),
+    pooling: Pooling | None = None,
+    step: int | None = None,
+    batch_size: int = 64,
+    known: tuple[type, ...] = (),
+) -> dict[str, float]:
+    """Return the metrics of a task.
+
+    Args:
+      run: the run directory.
+      task: "sts" or "retrieval".
+      files: that hold it.
+      columns: of pairs with scores, where there are others.
+      pooling: another one than the objective's.
+      step: the checkpoint; the newest by default.
+      batch_size: texts at a time.
+      known: configuration types that are not jaxpt's.
+
+    Raises:
+      ValueError: no such run, objective without vectors, or files that are no such task.
+    """
+    with open_trained(run, step, known) as trained:
+        vectors, tokenizer = _vectors(trained, pooling)
+        asked = open_task(task, files, tokenizer, vectors.longest, columns)
+        with _progress() as progress:
+            bar = progress.add_task("embedding", total=sum(map(len, asked.texts)))
+            found = measure_task(
+                asked,
+                vectors,
+                trained.snapshot,
+                trained.mesh,
+                batch_size=batch_size,
+                progress=lambda n: progress.advance(bar, n),
+            )
+        return {"step": int(trained.snapshot.step)} | {
+            name.removeprefix(f"{task}/"): value for name, value in found.items()
+        }
+
+
+def _vectors(trained: Trained, pooling: Pooling | None) -> tuple[Vectors, Tokenizer]:
+    """How a run makes vectors of texts, and its tokenizer."""
+    config = trained.config.objective.for_evaluation()
+    vectors = vectors_of(config, trained.vocab, trained.phase.length, trained.mesh, pooling)
+    return vectors, built_tokenizer(Manifest.load(trained.phase.sources[0].path))
+
+
+def _width(vectors: Vectors, trained: Trained, text: int) -> int:
+    """The size of a vector, without making one."""
+    batch = text_rows([[vectors.pad]], 1, 1, vectors.pad)
+    return jax.eval_shape(lambda snapshot: vectors.embed(snapshot, batch, text), trained.snapshot).shape[1]
+
+
+def _progress() -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=Console(stderr=True), transient=True)
