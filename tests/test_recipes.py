@@ -42,3 +42,25 @@ def test_a_recipe_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         recipes.main(["bert_huge"])
     assert "bert_huge: no such recipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "guess"),
+    [
+        ("simcse_base", "equal: ln 8 = 2.079"),
+        ("simcse_supervised", "equal: ln 16 = 2.773"),  # a hard negative for each
+        ("consert_base", "equal: ln 15 = 2.708"),  # both views of the others, and one's own other view
+        ("declutr_base", "equal: ln 31 = 3.434"),  # two anchors of each document
+        ("contrastive_lm", "equal: ln 8 = 2.079"),  # eight negatives asked for, seven other rows
+        ("siglip_text", "equal: 5.545"),  # 8 ln 2
+    ],
+)
+def test_vectors_are_compared_with_equal_ones(name: str, guess: str):
+    found = {
+        "vocab": 9,
+        "first_terms": {"contrastive": 2.0},
+        "losses": [2.0, 2.1] * 20,
+        "speed": [1],
+        "corruption": [0],
+    }
+    assert recipes.row(name, found)[2] == guess

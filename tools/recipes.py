@@ -32,6 +32,8 @@ from bench import print_table, spread
 from jaxpt.config import RunConfig, load_config
 from jaxpt.config import parts as dataclasses_of
 from jaxpt.models.config import TransformerConfig
+from jaxpt.objectives import ContrastiveLM, DeCLUTR, SimCSE, TwoTower
+from jaxpt.types import ObjectiveConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 WIDTH, DEPTH, ROWS, LENGTH = 128, 2, 8, 128
@@ -205,7 +207,8 @@ def row(name: str, found: dict[str, Any]) -> list[str]:
     first, last = losses[:20], losses[-20:]
     error = math.sqrt(first.var(ddof=1) / len(first) + last.var(ddof=1) / len(last))
     begin = ", ".join(f"{term} {value:.3f}" for term, value in found["first_terms"].items())
-    guesses = [theory(term, found["vocab"]) for term in found["first_terms"]]
+    objective = load_config(CONFIGS / f"{name}.py").objective
+    guesses = [theory(term, found["vocab"], objective) for term in found["first_terms"]]
     return [
         f"[{name}](../configs/{name}.py)",
         begin,
@@ -218,13 +221,13 @@ def row(name: str, found: dict[str, Any]) -> list[str]:
     ]
 
 
-def theory(term: str, vocab: int) -> str:
-    """What an untrained network gives."""
+def theory(term: str, vocab: int, objective: ObjectiveConfig) -> str:
+    """What an untrained network gives; of vectors, what they give where all are the same."""
     name = term.rpartition("/")[2]
     if name in BINARY:
         return f"ln 2 = {math.log(2):.3f}"
     if name == "contrastive":
-        return f"ln {ROWS} = {math.log(ROWS):.3f}"
+        return equal_vectors(objective)
     if name == "predictive":
         return "ln of the segments of a batch"
     if name == "z_loss":
@@ -232,6 +235,22 @@ def theory(term: str, vocab: int) -> str:
     if name == "consistency":
         return "0"
     return f"ln V = {math.log(vocab):.3f}"
+
+
+def equal_vectors(objective: ObjectiveConfig) -> str:
+    """A contrastive loss of ``ROWS`` rows whose vectors are all the same."""
+    if isinstance(objective, TwoTower) and objective.loss == "sigmoid":
+        logit = objective.initial_scale + objective.initial_bias
+        yes, no = (float(np.logaddexp(0, x)) for x in (-logit, logit))
+        return f"equal: {yes + (ROWS - 1) * no:.3f}"
+    candidates = ROWS
+    if isinstance(objective, SimCSE):
+        candidates = 2 * ROWS - 1 if objective.form == "nt_xent" else ROWS * max(1, objective.texts - 1)
+    if isinstance(objective, ContrastiveLM) and objective.negatives:
+        candidates = 1 + min(objective.negatives, ROWS - 1)
+    if isinstance(objective, DeCLUTR):
+        candidates = 2 * objective.anchors * ROWS - 1
+    return f"equal: ln {candidates} = {math.log(candidates):.3f}"
 
 
 HEAD = ["recipe", "loss terms, step 0", "untrained, by theory", "loss, step 0", "last 20 steps", "fall, in SE"]
