@@ -286,12 +286,18 @@ def make_train_step(
         variable = trainable(specs, state.params)
         updates, opt_state = optimizer.update(out.grads, state.opt_state, variable)
         params = restore_frozen(optax.apply_updates(variable, updates), state.params)
-        carry = state.carry
+        carry, moved = state.carry, False
         if objective.advance is not None:
             after = Snapshot(params, state.carry, state.step)
             params, carry = objective.advance(after, jax.lax.stop_gradient(out.features), example)
+            moved = any(a is not b for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(after.params), strict=True))
         averaged, own = state.averaged, evaluated_params(opt_state, trainable(specs, params))
         if own is not None:  # schedule-free
+            if moved:  # its average is told from where gradients are taken, and would run away from a bound
+                raise ValueError(
+                    "optimizer.name schedule_free averages what it trains, and this objective changes parameters after "
+                    "an update: choose another optimizer, or take the objective's bound away (max_scale None)"
+                )
             averaged = restore_frozen(own, params)
         elif averaging:
             # young averages forget faster, so that the initial values do not linger

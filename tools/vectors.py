@@ -86,14 +86,14 @@ ARMS: dict[str, Arm | Static] = {
     ),
     **{
         f"{name} ({data})": arm
-        for data, length in (("multi30k", 32), ("pydocs", 64))
+        for data, length, steps in (("multi30k", 32, 600), ("pydocs", 64, 250))
         for name, arm in {
             "untrained": Arm(TOWERS, data, 0),
             "static, mean": Static(data, None),
             "static, SIF": Static(data, None, sif=True),
-            "two_tower": Arm(TOWERS, data, 600, length=length),
+            "two_tower": Arm(TOWERS, data, steps, length=length),
             "two_tower, sigmoid": Arm(
-                replace(TOWERS, loss="sigmoid", initial_scale=10.0, initial_bias=-4.1), data, 600, length=length
+                replace(TOWERS, loss="sigmoid", initial_scale=10.0, initial_bias=-4.1), data, steps, length=length
             ),
         }.items()
     },

@@ -35,7 +35,7 @@ class Contrast(NamedTuple):
     """What one pass over the similarities gives, per anchor and in float32."""
 
     loss: Array  # [R]
-    correct: Array  # [R]: 1 where no negative is likelier than the target, else 0; no gradient
+    correct: Array  # [R]: 1 where the target is likelier than all negatives, 1/2 where one is as likely; no gradient
 
 
 class _Candidates(NamedTuple):
@@ -268,8 +268,9 @@ def _target_logits(anchors_RE: Array, candidates_KE: Array, targets_R: Array, sc
 
 
 def _correct(target_R: Array, highest: Array) -> Array:
-    """1 where the target is at least as likely as the highest negative [blocks, R] of every block."""
-    return jax.lax.stop_gradient((target_R >= highest.max(0)).astype(jnp.float32))
+    """1 where the target is likelier than the highest negative [blocks, R] of all blocks, 1/2 where as likely."""
+    highest_R = highest.max(0)
+    return jax.lax.stop_gradient((target_R > highest_R) + 0.5 * (target_R == highest_R)).astype(jnp.float32)
 
 
 def _over_negatives(

@@ -129,6 +129,7 @@ def unite_rows(name: str, members: Sequence[Member], choice: str | None) -> RowS
       ValueError: the parts disagree, or there is no such part.
     """
     specs = {member.name: member.objective.rows for member in members}
+    members_embed = {member.name: member.objective.embed is not None for member in members}
     known = ", ".join(map(repr, specs))
     check(choice is None or choice in specs, f"{name}: rows={choice!r} is not the name of a part: it has {known}")
     first = choice or next(iter(specs))
@@ -149,6 +150,12 @@ def unite_rows(name: str, members: Sequence[Member], choice: str | None) -> RowS
         check(
             not spec.texts or chosen.packing in ("best_fit", "one_document"),
             f"{name}: {other!r} reads pairs, which rows packed as {chosen.packing!r} would cut: say rows={other!r}",
+        )
+        encloses = members_embed[other] and not (spec.prefix or spec.suffix)
+        check(
+            not encloses or (chosen.packing == "one_document" and not (chosen.prefix or chosen.suffix)),
+            f"{name}: {other!r} puts the text of a row between [CLS] and [SEP] itself, and the rows of {first!r} hold "
+            f"other documents or have both already: say rows={other!r}",
         )
         check(
             not spec.kinds,

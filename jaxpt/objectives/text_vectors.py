@@ -302,8 +302,8 @@ def pair_sums(first_RE: Array, second_RE: Array, made: Contrast, weights_R: Arra
     apart_R = jnp.sum(jnp.square(normalize(first_RE) - normalize(second_RE)), axis=-1)
     return {
         "pairs": weights_R.sum(),
-        "pairs_found": weights_R @ made.correct,
-        "pairs_apart": weights_R @ jax.lax.stop_gradient(apart_R),
+        "pairs_found": jnp.sum(weights_R * made.correct),  # on a TPU, a product of matrices would be rounded
+        "pairs_apart": jnp.sum(weights_R * jax.lax.stop_gradient(apart_R)),
     }
 
 
@@ -320,8 +320,9 @@ def collapse_alarm(metrics: dict[str, Array], armed: Array, spread: float) -> di
 
     Args:
       metrics: of ``vector_metrics``.
-      armed: [] f32, above 0 where an alarm is due.
+      armed: [] f32, of how many vectors where an alarm is due, else 0; of fewer than 8 none is, as few vectors always
+        lie in few directions.
       spread: under which vectors count as collapsed; 1 = all over the sphere, 0 = all the same.
     """
     collapsed = (metrics["spread"] < spread) | (metrics["effective_rank"] < 1.5)
-    return {"alarm/collapse": ((armed > 0) & collapsed).astype(jnp.float32)}
+    return {"alarm/collapse": ((armed >= 8) & collapsed).astype(jnp.float32)}

@@ -115,16 +115,24 @@ class TSDAE:
             valid_R = (weights_RL.sum(1) > 0).astype(jnp.float32)
             sums |= vector_sums(vectors_RE, valid_R)
             sums["armed"] = valid_R.sum() * (snapshot.step >= self.alarm_after)
-            features = {"vectors": vectors_RE, "nll": jnp.sum(result.nll * weights_RL, axis=1)} if self.gap else {}
+            features = {}
+            if self.gap:  # without dropout, as what it is compared with
+                calm = without_dropout(self.encoder) == self.encoder
+                nll_RL = (result if calm else write(params, vectors_RE, inputs, None)).nll
+                features = {"vectors": vectors_RE, "nll": jnp.sum(nll_RL * weights_RL, axis=1)}
             return Out({"lm": result.loss}, sums, jax.lax.stop_gradient(features))
 
         def couple(snapshot: Snapshot, features: dict[str, Array], example: Example):
             params, weights_RL = jax.lax.stop_gradient(snapshot.params), example.weights["lm"]
             size_R = weights_RL.sum(1)
             # of the row before, where both rows have a text
-            others_RE, both_R = jnp.roll(features["vectors"], 1, axis=0), (size_R > 0) & (jnp.roll(size_R, 1) > 0)
+            others_RE = jnp.roll(features["vectors"], 1, axis=0)
+            both_R = (size_R > 0) & (jnp.roll(size_R, 1) > 0) & (len(size_R) > 1)
             nll_R = jnp.sum(write(params, others_RE, example.inputs, None).nll * weights_RL, axis=1)
-            return {}, {"gap": both_R @ (nll_R - features["nll"]), "gap_tokens": both_R @ size_R}
+            return {}, {
+                "gap": jnp.sum(jnp.where(both_R, nll_R - features["nll"], 0.0)),
+                "gap_tokens": jnp.sum(jnp.where(both_R, size_R, 0.0)),
+            }
 
         def summary(sums: Sums) -> dict[str, Array]:
             of = sums.stats

@@ -118,7 +118,7 @@ class TwoTower:
             stats |= {f"second_{name}": value for name, value in vector_sums(second_RE, weights_R).items()}
             stats |= {
                 "temperature": pairs / scale,
-                "texts_cut": weights_R @ inputs["cut"],
+                "texts_cut": jnp.sum(weights_R * inputs["cut"]),
                 "armed": pairs * (snapshot.step >= self.alarm_after),
             } | ({} if bias is None else {"bias": pairs * bias})
             return {"contrastive": made.loss}, stats
@@ -145,6 +145,7 @@ class TwoTower:
             }
 
         def embed(snapshot: Snapshot, batch: Batch, text: int) -> Array:
+            check(text in (0, 1), f"two_tower: an example has texts 0 and 1, not {text}: set --text to one of them")
             texts, _ = read_texts(batch, 1, batch.tokens.shape[1] + 2, vocab)
             return encode(snapshot.params, text, texts)[:, 0]
 

@@ -79,8 +79,9 @@ def test_perfect_pairs_keep_their_digits(count, scale, want):
 
 @pytest.mark.parametrize("form, candidates", [("one_way", 7), ("symmetric", 7), ("nt_xent", 13)])
 def test_collapsed_vectors_cost_the_log_of_the_candidates(form, candidates):
-    made = compiled(jnp.ones((7, 5)), 2 * jnp.ones((7, 5)), form)
+    made = compiled(jnp.ones((7, 4)), 2 * jnp.ones((7, 4)), form)
     np.testing.assert_allclose(made.loss, np.log(candidates), rtol=1e-6)
+    np.testing.assert_array_equal(made.correct, 0.5)  # none is told from the others
 
 
 def test_every_form_is_a_cross_entropy():

@@ -16,7 +16,8 @@ from support import packed_batch, tiny, tiny_vocab
 
 from jaxpt.config import RunConfig, config_types, from_json, override, to_json, validate
 from jaxpt.corruption.rows import row_keys
-from jaxpt.objectives import CausalLM, MaskedLM, Mixture, Multitask
+from jaxpt.models.config import TransformerConfig
+from jaxpt.objectives import CausalLM, MaskedLM, Mixture, Multitask, SimCSE
 from jaxpt.objectives.combine import Portion, Task
 from jaxpt.objectives.members import unite_rows
 from jaxpt.objectives.schedules import Cosine, Exponential, Linear, Stairs, WarmUp
@@ -363,6 +364,15 @@ def test_rows_that_differ_are_refused_or_chosen(change, word):
     refuse(replace(config, rows="c"), "rows='c' is not the name of a part")
 
 
+@pytest.mark.parametrize("packing", ["one_document", "best_fit"])
+def test_texts_that_get_their_own_cls_keep_their_rows(packing):
+    """Rows of masked_lm have [CLS] already, and perhaps several documents; those of simcse serve both."""
+    network = TransformerConfig(depth=1, width=8, heads=1)
+    parts = Task("mlm", MaskedLM(encoder=network, packing=packing)), Task("sim", SimCSE(encoder=network))
+    refuse(Multitask(parts, rows="mlm"), "'sim' puts the text of a row between [CLS] and [SEP] itself", "rows='sim'")
+    assert Multitask(parts, rows="sim").build(VOCAB).rows.prefix == ()
+
+
 def test_rows_have_room_and_fields_for_every_part():
     parts = Task("a", Toy(reserve=2, fields=("phrase_starts",))), Task("b", Toy(reserve=5, fields=("document_ids",)))
     rows = Multitask(parts, rows=None).build(VOCAB).rows
@@ -372,7 +382,10 @@ def test_rows_have_room_and_fields_for_every_part():
 
 def test_streams_and_pairs_stay_whole():
     def united(first: RowSpec, second: RowSpec) -> RowSpec:
-        members = [SimpleNamespace(name=n, objective=SimpleNamespace(rows=r)) for n, r in (("a", first), ("b", second))]
+        members = [
+            SimpleNamespace(name=n, objective=SimpleNamespace(rows=r, embed=None))
+            for n, r in (("a", first), ("b", second))
+        ]
         return unite_rows("mixture", members, "a")
 
     stream, pairs = RowSpec("stream"), RowSpec("best_fit", texts=2)

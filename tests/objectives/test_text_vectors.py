@@ -59,14 +59,15 @@ def test_sums_of_batches_are_those_of_all():
 @pytest.mark.parametrize(
     "vectors, armed, rings",
     [
-        (np.ones((8, 4)) + 0.05 * np.eye(8, 4), 1, True),  # all nearly one
-        (np.outer([1, -1, 1, -1, 2, -3, 1, -1], [1, 2, 3, 4]), 1, True),  # on a line
-        (np.eye(8, 4) + np.eye(8, 4, -4), 1, False),
+        (np.ones((8, 4)) + 0.05 * np.eye(8, 4), 8, True),  # all nearly one
+        (np.outer([1, -1, 1, -1, 2, -3, 1, -1], [1, 2, 3, 4]), 8, True),  # on a line
+        (np.eye(8, 4) + np.eye(8, 4, -4), 8, False),
+        (np.eye(2, 4), 2, False),  # two vectors, far apart, have one direction between them
         (np.ones((8, 4)), 0, False),  # too early
     ],
 )
 def test_the_alarm_rings_where_vectors_collapse(vectors, armed: int, rings: bool):
-    metrics = vector_metrics(vector_sums(jnp.asarray(vectors, jnp.float32), jnp.ones(8)))
+    metrics = vector_metrics(vector_sums(jnp.asarray(vectors, jnp.float32), jnp.ones(len(vectors))))
     assert collapse_alarm(metrics, jnp.float32(armed), 0.02) == {"alarm/collapse": float(rings)}
 
 

@@ -168,6 +168,10 @@ def test_the_gap_is_what_the_vector_of_another_text_costs():
     filled = BATCH._replace(valid=np.array([1, 1, 0, 0, 0, 0, 0, 0], np.float32))
     halved = step(params(), {}, jnp.int32(0), filled)  # row 0 follows a filler
     assert halved.stats["gap_tokens"] == (BATCH.segment_ids[1] > 0).sum() + 1
+    # of a decoder that hears nothing it is 0 with dropout, too: neither side of it drops anything
+    noisy = dataclasses.replace(CONFIG, encoder=dataclasses.replace(ENCODER, dropout=0.3)).build(VOCAB)
+    sums = jax.jit(make_eval_step(noisy, seed=0))(deaf, {}, jnp.int32(0), BATCH)
+    assert sums.stats["gap"] == pytest.approx(0, abs=1e-3)
     # of the vectors in another order, by hand: row 1 with the vector of row 0
     two = jax.tree.map(lambda leaf: leaf[:2], BATCH)
     objective = CONFIG.build(VOCAB)

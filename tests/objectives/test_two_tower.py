@@ -16,7 +16,8 @@ from support import packed_batch, tiny_vocab
 from jaxpt.corruption.rows import row_keys
 from jaxpt.models.config import TransformerConfig
 from jaxpt.objectives.two_tower import TwoTower
-from jaxpt.step import finish, make_eval_step, make_example
+from jaxpt.optimizer import OptimizerConfig, make_optimizer
+from jaxpt.step import finish, initial_state, make_eval_step, make_example, make_train_step
 from jaxpt.types import Batch, Example, Snapshot, Sums
 
 VOCAB = tiny_vocab()
@@ -161,6 +162,22 @@ def test_the_temperature_is_bounded_after_the_update():
     assert cool["similarity"]["log_scale"] == params()["similarity"]["log_scale"]
     assert passes(CONFIG)(hot, BATCH)[2]["similarity"]["log_scale"] != 0
     assert dataclasses.replace(CONFIG, max_scale=None).build(VOCAB).advance is None
+
+
+def test_a_bound_and_an_average_of_what_is_bounded_do_not_go_together():
+    """Schedule-free's average is told from where gradients are taken, which the bound moves."""
+
+    def trace(config: TwoTower):
+        objective = config.build(VOCAB)
+        shapes = jax.eval_shape(objective.init, jax.random.key(0))
+        settings = OptimizerConfig("schedule_free", schedule="constant")
+        optimizer = make_optimizer(settings, objective.specs, shapes, 10)
+        state = jax.eval_shape(lambda: initial_state(objective, optimizer, objective.specs, seed=0))
+        return jax.eval_shape(make_train_step(objective, optimizer, objective.specs, seed=0), state, BATCH)
+
+    with pytest.raises(ValueError, match="choose another optimizer, or take the objective's bound away"):
+        trace(CONFIG)
+    trace(dataclasses.replace(CONFIG, max_scale=None))
 
 
 def test_what_towers_share():
