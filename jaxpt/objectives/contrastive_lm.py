@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxpt.corruption.choose import uniform
 from jaxpt.corruption.edits import Damage, apply_edits
 from jaxpt.corruption.rows import describe, row_keys
-from jaxpt.losses.contrastive import in_batch, info_nce
+from jaxpt.losses.contrastive import Contrast, in_batch, info_nce, normalize
 from jaxpt.losses.token_metrics import ratio
 from jaxpt.models.config import TransformerConfig
 from jaxpt.models.heads import Pooling
@@ -101,14 +101,17 @@ class ContrastiveLM:
                 made = in_batch(first_RE, second_RE, scale=scale, texts_R=numbers_R, valid_R=weights_R)
             else:
                 picked_RK, is_other_RK = walk(example.row_ids, weights_R, example.inputs["steps"])
+                anchors_RE, units_RE = normalize(first_RE), normalize(second_RE)  # before each is read K + 1 times
 
-                def tell(anchor_E: Array, positive_E: Array, number: Array, picked_K: Array, is_other_K: Array):
-                    candidates = jnp.concatenate([positive_E[None], second_RE[picked_K]])
-                    counted = is_other_K & (numbers_R[picked_K] != number)  # a copy of the text is no other text
-                    valid = jnp.concatenate([jnp.ones(1, bool), counted])
-                    return info_nce(anchor_E[None], candidates, jnp.zeros(1, int), scale=scale, valid_K=valid)
+                def tell(row: Array, picked_K: Array, is_other_K: Array) -> Contrast:
+                    candidates = units_RE[jnp.append(row, picked_K)]
+                    counted = is_other_K & (numbers_R[picked_K] != numbers_R[row])  # a copy of the text is no other one
+                    valid, first = jnp.append(True, counted), jnp.zeros(1, int)
+                    return info_nce(
+                        anchors_RE[row][None], candidates, first, scale=scale, similarity="dot", valid_K=valid
+                    )
 
-                made = jax.vmap(tell)(first_RE, second_RE, numbers_R, picked_RK, is_other_RK)
+                made = jax.vmap(tell)(jnp.arange(len(first_RE)), picked_RK, is_other_RK)
                 made = jax.tree.map(lambda leaf: leaf[:, 0], made)
             stats = vector_sums(first_RE, weights_R) | pair_sums(first_RE, second_RE, made, weights_R)
             stats["armed"] = weights_R.sum() * (snapshot.step >= self.alarm_after)

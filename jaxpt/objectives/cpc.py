@@ -88,8 +88,8 @@ class CPC:
             "predictions": predictions(width, self.ahead, self.first_scale),
         }
 
-        def segments_of(batch: Batch, numbers_RL: Array, count: int) -> Texts:
-            return read_texts(batch._replace(sentence_ids=numbers_RL), count, self.window + 2, vocab)[0]
+        def segments_of(batch: Batch, numbers_RL: Array, count: int) -> tuple[Texts, Array]:
+            return read_texts(batch._replace(sentence_ids=numbers_RL), count, self.window + 2, vocab)
 
         def windows(batch: Batch) -> Array:
             return jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]) // self.window, batch.tokens.shape)
@@ -97,20 +97,23 @@ class CPC:
         def corrupt(snapshot: Snapshot, batch: Batch, key: Key) -> Example:
             count = batch.tokens.shape[1] // self.window
             check(
-                count > 1,
-                f"cpc: rows of {batch.tokens.shape[1]} tokens have room for {count} segments of {self.window}, and one "
-                f"must follow another: raise --seq-len or lower --objective.window",
+                count > self.ahead,
+                f"cpc: rows of {batch.tokens.shape[1]} tokens have room for {count} segments of {self.window}, and "
+                f"{self.ahead} must follow the first: raise --seq-len, or lower --objective.ahead or --objective.window",
             )
             if self.segments == "sentences":
-                texts = segments_of(batch, batch.sentence_ids, count)
+                texts, cut_R = segments_of(batch, batch.sentence_ids, count)
             else:  # whole windows: a shorter one would be told by its length
-                texts = segments_of(batch, windows(batch), count)
+                texts, cut_R = segments_of(batch, windows(batch), count)
                 whole_RS1 = texts.segment_ids.min(-1, keepdims=True)
                 texts = Texts(jnp.where(whole_RS1 > 0, texts.tokens, vocab.pad), texts.segment_ids * whole_RS1)
             present_RS = texts.present * batch.valid[:, None]
-            inputs = {**texts._asdict(), "present": present_RS}
             places_SK, inside_SK = places_ahead(count, self.ahead)
             weights_RSK = present_RS[:, :, None] * present_RS[:, places_SK] * inside_SK
+            documents_R = jnp.any(batch.segment_ids == 1, axis=1) * batch.valid
+            short_R = documents_R * (weights_RSK.sum((1, 2)) == 0)
+            inputs = {**texts._asdict(), "present": present_RS, "documents": documents_R, "short": short_R}
+            inputs["cut"] = cut_R * batch.valid
             return Example(inputs, batch.row_ids, {"predictive": weights_RSK})
 
         def read(inputs: dict[str, Array]) -> Texts:
@@ -128,7 +131,8 @@ class CPC:
                 params["context"], segments_RSE, pattern, places_RS, keys=keys_RS[:, 0]
             )
             predicted_RSKE = networks["predictions"].apply(params["predictions"], context_RSE.astype(jnp.float32))
-            return Out({}, features={"segments": segments_RSE, "predicted": predicted_RSKE})
+            lost = {name: example.inputs[name].sum() for name in ("documents", "short", "cut")}
+            return Out({}, lost, {"segments": segments_RSE, "predicted": predicted_RSKE})
 
         def couple(snapshot: Snapshot, features: dict[str, Array], example: Example):
             predicted_RSKE, segments_RSE = (constrain_rows(features[name]) for name in ("predicted", "segments"))
@@ -153,6 +157,9 @@ class CPC:
         def summary(sums: Sums) -> dict[str, Array]:
             of, told = sums.stats, vector_metrics(sums.stats)
             told["text_accuracy"] = ratio(of["found"].sum(), of["predicted"].sum())
+            told["too_short"] = ratio(of["short"], of["documents"])
+            if self.segments == "sentences":
+                told["cut_segments"] = ratio(of["cut"], of["vectors"])
             accuracy_K = ratio(of["found"], of["predicted"])
             log_candidates_K = ratio(of["log_candidates"], of["predicted"])
             information_K = log_candidates_K - ratio(of["nats"], of["predicted"])
@@ -169,7 +176,7 @@ class CPC:
 
         def embed(snapshot: Snapshot, batch: Batch, text: int) -> Array:
             # the mean over the windows of a text, by their tokens: the last one may be short
-            texts = segments_of(batch, windows(batch), -(-batch.tokens.shape[1] // self.window))
+            texts, _ = segments_of(batch, windows(batch), -(-batch.tokens.shape[1] // self.window))
             pooled_RSD = encoder(snapshot.params, texts)
             segments_RSE = networks["projection"].apply(snapshot.params["projection"], pooled_RSD)
             sizes_RS1 = jnp.maximum(texts.segment_ids.sum(-1, keepdims=True) - 2, 0)
@@ -237,10 +244,16 @@ def tell_apart(
         number = present_RS.sum(1)[:, None, None]
     else:
 
-        def at_place(predicted_RE: Array, segments_RE: Array, present_R: Array) -> Contrast:
-            return info_nce(predicted_RE, segments_RE, jnp.arange(rows), valid_K=present_R, **settings)
+        def at_place(of_place: tuple[Array, Array, Array]) -> Contrast:
+            targets_Q = jnp.repeat(jnp.arange(rows), ahead)
+            return info_nce(of_place[0], of_place[1], targets_Q, valid_K=of_place[2], **settings)
 
-        at_places = jax.vmap(jax.vmap(at_place, 1, 1), 1, 1)
-        made = at_places(predicted_RSKE, segments_RSE[:, places_SK], present_RS[:, places_SK])
+        # one place after the other: its R segments, and the R K predictions of them from the places before
+        steps_K = jnp.arange(ahead)
+        before_SK = jnp.maximum(jnp.arange(count)[:, None] - 1 - steps_K, 0)
+        asked_SQE = predicted_RSKE[:, before_SK, steps_K].swapaxes(0, 1).reshape(count, rows * ahead, width)
+        found = jax.lax.map(jax.checkpoint(at_place), (asked_SQE, segments_RSE.swapaxes(0, 1), present_RS.T))
+        found = (value.reshape(count, rows, ahead).swapaxes(0, 1) for value in found)
+        made = Contrast(*(value_RSK[:, places_SK, steps_K] for value_RSK in found))
         number = present_RS.sum(0)[places_SK]
     return Contrast(*(value.reshape(rows, count, ahead) for value in made)), number

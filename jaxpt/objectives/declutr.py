@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxpt.corruption.choose import draw_subset, uniform
 from jaxpt.corruption.compact import compact
 from jaxpt.corruption.rows import row_keys
-from jaxpt.losses.contrastive import in_batch
+from jaxpt.losses.contrastive import Contrast, info_nce
 from jaxpt.losses.token_metrics import ratio, token_metrics, token_tables
 from jaxpt.models.config import TransformerConfig
 from jaxpt.models.heads import Pooling, mlm_head
@@ -37,6 +37,7 @@ from jaxpt.objectives.text_vectors import (
     spans,
     split_keys,
     text_encoder,
+    text_numbers,
     vector_metrics,
     vector_sums,
 )
@@ -97,6 +98,7 @@ class DeCLUTR:
             anchors = Texts(*(array[:, : self.anchors] for array in texts))
             short_R = ((sizes_R > 0) & (drawn.sizes[:, 0] == 0)) * batch.valid
             inputs = {**texts._asdict(), "short": short_R, "documents": (sizes_R > 0) * batch.valid}
+            inputs["text_numbers"] = text_numbers(batch.tokens * (batch.segment_ids == 1))
             weights = {"contrastive": anchors.present}
             if self.masked:
                 hidden, weights["mlm"] = mask_texts(self.masked, vocab, anchors, batch.row_ids, mask_key, snapshot.step)
@@ -130,7 +132,7 @@ class DeCLUTR:
 
             anchors_QE, positives_QE = (flat(constrain_rows(features[name])) for name in ("anchors", "positives"))
             weights_Q = flat(weights_RA)
-            made = in_batch(anchors_QE, positives_QE, "nt_xent", scale=1 / self.temperature, valid_R=weights_Q)
+            made = tell_apart(anchors_QE, positives_QE, weights_Q, example.inputs["text_numbers"], 1 / self.temperature)
             stats = vector_sums(anchors_QE, weights_Q) | pair_sums(anchors_QE, positives_QE, made, weights_Q)
             stats["armed"] = weights_Q.sum() * (snapshot.step >= self.alarm_after)
             return {"contrastive": made.loss.reshape(weights_RA.shape)}, stats
@@ -233,3 +235,52 @@ def between(numbers: Array, low: Array, high: Array) -> Array:
     [3, 3, 4]
     """
     return low + jnp.floor(numbers * (high - low + 1)).astype(jnp.int32)
+
+
+# ------------------------------------------------------------------------------------- the negatives
+
+
+def tell_apart(anchors_QE: Array, positives_QE: Array, valid_Q: Array, numbers_R: Array, scale: float) -> Contrast:
+    """Return NT-Xent of anchors and mean positives, of which those of a document's copy in another row are no negatives.
+
+    Args:
+      anchors_QE, positives_QE: A of each row, row by row.
+      valid_Q: [Q], 0 = there is none.
+      numbers_R: [R] i32, the same for the same documents.
+      scale: 1 / temperature.
+    """
+    count = len(anchors_QE)
+    groups = tuple(jnp.tile(jnp.repeat(side, count // len(numbers_R), axis=0), (2, 1)) for side in copies(numbers_R))
+    own_P1 = -1 - jnp.tile(jnp.arange(count), 2)[:, None]  # a pair is no negative of itself
+    made = info_nce(
+        jnp.concatenate([anchors_QE, positives_QE]),
+        jnp.concatenate([positives_QE, anchors_QE]),
+        jnp.arange(2 * count),
+        scale=scale,
+        groups=(jnp.concatenate([own_P1, groups[0]], 1), jnp.concatenate([own_P1, groups[1]], 1)),
+        valid_K=jnp.tile(valid_Q, 2),
+    )
+    return Contrast(*(value.reshape(2, count).mean(0) for value in made))
+
+
+def copies(numbers_R: Array) -> tuple[Array, Array]:
+    """Return groups, for ``info_nce``, that have one in common where two rows are different and hold the same document.
+
+    Row r has, for each bit of r, a number of the document, the bit and its value; the other side has the opposite value.
+
+    Args:
+      numbers_R: [R] i32, the same for the same documents.
+
+    Returns:
+      two of [R, log2 R] i32, from 0 on.
+
+    >>> ones, others = copies(jnp.array([7, 7, 9, 7]))
+    >>> (ones[:, None, :, None] == others[None, :, None, :]).any((-2, -1)).astype(int).tolist()
+    [[0, 1, 0, 1], [1, 0, 0, 1], [0, 0, 0, 0], [1, 1, 0, 0]]
+    """
+    rows = len(numbers_R)
+    bits_B = jnp.arange(max(rows - 1, 1).bit_length())
+    values_RB = (jnp.arange(rows)[:, None] >> bits_B) & 1
+    first_R1 = jnp.argmax(numbers_R[:, None] == numbers_R, axis=1)[:, None]  # the document's first row
+    groups_RB = 2 * (first_R1 * len(bits_B) + bits_B)
+    return groups_RB + values_RB, groups_RB + 1 - values_RB

@@ -96,10 +96,10 @@ class SimCSE:
             length = batch.tokens.shape[1] // self.texts + 2
             texts, cut_R = read_texts(batch, self.texts, length, vocab)
             inputs = {**texts._asdict(), "text_numbers": text_numbers(texts.tokens), "cut": cut_R}
-            inputs |= perturb(texts, row_keys(key, batch.row_ids))
+            view_key, mask_key = (jax.random.fold_in(key, i) for i in range(2))
+            inputs |= perturb(texts, row_keys(view_key, batch.row_ids))
             weights = {"contrastive": texts.present[:, :2].min(axis=1)}
             if self.masked:
-                mask_key = jax.random.fold_in(key, 1)
                 hidden, weights["mlm"] = mask_texts(self.masked, vocab, texts, batch.row_ids, mask_key, snapshot.step)
                 inputs |= hidden
             return Example(inputs, batch.row_ids, weights)
@@ -208,6 +208,14 @@ class SimCSE:
         check(
             self.texts == 1 or self.views == AS_IT_IS,
             f"simcse: views are two of one text, and an example has {self.texts}: set texts=1",
+        )
+        check(
+            self.texts > 2 or self.hard_bias == 0,
+            f"simcse: hard_bias is for hard negatives, and examples of {self.texts} have none: set texts=3 or more",
+        )
+        check(
+            self.encoder.positions != "none" or not any(view.shuffle for view in self.views),
+            'simcse: a view that shuffles positions changes nothing with positions="none": set shuffle=False',
         )
         check(min(self.scale, self.masked_scale) >= 0, "simcse: scale and masked_scale cannot be negative")
         check_masked(self.masked, "simcse")

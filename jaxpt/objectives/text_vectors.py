@@ -235,9 +235,15 @@ def text_encoder(config: TransformerConfig, vocab: Vocab, pooling: TextPooling, 
       mlp: dense and tanh behind it.
 
     Raises:
-      ValueError: two layers are asked for and there is one.
+      ValueError: two layers are asked for, and there is one, or their states have no norm.
     """
-    check(pooling != "mean_last_two" or config.depth > 1, 'pooling="mean_last_two" needs a depth of at least 2')
+    two = pooling == "mean_last_two"
+    check(not two or config.depth > 1, 'pooling="mean_last_two" needs a depth of at least 2')
+    check(
+        not two or config.norm_placement == "post",
+        'pooling="mean_last_two" needs norm_placement="post": with "pre" the states of the last layer but one have no '
+        'norm; set pooling="mean"',
+    )
     networks = {"trunk": transformer(config, vocab.size)} | ({"mlp": pooler(config)} if mlp else {})
     return TextEncoder(config, networks, pooling)
 
