@@ -49,6 +49,9 @@ MASKED = MaskedLM(encoder=NETWORK)
 TOWERS = TwoTower(first=NETWORK, projection=None)
 
 
+ASKED = 64  # tokens, with [CLS] and [SEP], at which every arm's texts are cut when it is asked
+
+
 class Arm(NamedTuple):
     """What is trained, on what, from where; 0 steps = as it is born."""
 
@@ -140,7 +143,26 @@ def train_and_ask(name: str, args: argparse.Namespace, seed: int) -> dict[str, A
         found = ask_static(arm, args.data[arm.data], seed, asks)
     else:
         found = ask_network(name, arm, args, seed, asks)
-    return {"arm": name, "seed": seed, "minutes": (time.monotonic() - begin) / 60, "found": found}
+    minutes = (time.monotonic() - begin) / 60
+    return {"arm": name, "seed": seed, "of": fingerprint(name, args), "minutes": minutes, "found": found}
+
+
+def fingerprint(name: str, args: argparse.Namespace) -> str:
+    """What a result is of: the arm, its data and what it was asked; of another one, it is made again."""
+    from jaxpt.data.manifest import Manifest
+
+    arm = ARMS[name]
+    asked = {ask: files for ask, (_, files) in args.ask.items() if answers(arm, ask, args.ask)}
+    return f"{arm!r}, {Manifest.load(args.data[arm.data]).digest}, {ASKED}, {asked}, {args.scale}"
+
+
+def drop_stale(args: argparse.Namespace, arms: Sequence[str]) -> None:
+    """Remove the results of arms, data or questions that have changed since, and say so."""
+    for name in arms:
+        for file in Path(args.out, "results").glob(f"{name}-[0-9]*.json"):
+            if json.loads(file.read_text()).get("of") != fingerprint(name, args):
+                print(f"{file}: of another arm, other data or other questions; made again", file=sys.stderr)
+                file.unlink()
 
 
 def answers(arm: Arm | Static, ask: str, asks: dict[str, tuple[str, Sequence[str]]]) -> bool:
@@ -178,7 +200,7 @@ def ask_network(name: str, arm: Arm, args: argparse.Namespace, seed: int, asks: 
                 params = store.restore_params(parts.abstract.params).state
         else:
             params = parts.born().params
-        vectors = vectors_of(config.objective.for_evaluation(), vocab, config.seq_len, mesh)
+        vectors = vectors_of(config.objective.for_evaluation(), vocab, ASKED, mesh)
         snapshot = Snapshot(params, {}, jax.numpy.int32(config.steps))
         found = {}
         for ask, (kind, files) in asks.items():
@@ -202,7 +224,7 @@ def ask_static(arm: Static, data: str, seed: int, asks: dict) -> dict[str, dict[
     table_VE = static_vectors(near_tokens(manifest, arm.window), NETWORK.width, seed)
     found = {}
     for ask, (kind, files) in asks.items():
-        task = open_task(kind, files, built_tokenizer(manifest), 1 << 20)
+        task = open_task(kind, files, built_tokenizer(manifest), ASKED - 2)
         sides = [
             mean_vectors(table_VE, texts, counts_V if arm.sif else None) if texts else None for texts in task.texts
         ]
@@ -374,6 +396,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arms = [name for name in args.arms or able if name in able]
     if not arms or not args.ask:
         parser.error("there is nothing to do: give --data and --ask (of ARMS in this file)")
+    drop_stale(args, arms)
     for wave in waves(arms):
         run_all(args, [(name, seed) for seed in range(args.seeds) for name in wave], __file__)
     return 0 if len(table(args)) >= len(arms) * args.seeds else 1

@@ -19,6 +19,7 @@ from jaxpt.data.tokenizer import Tokenizer
 from jaxpt.models.config import TransformerConfig
 from jaxpt.models.heads import Pooling, pool
 from jaxpt.models.patterns import bidirectional, causal
+from jaxpt.models.sharing import complete
 from jaxpt.models.transformer import transformer
 from jaxpt.sharding import ROWS, local_rows, put_batch
 from jaxpt.types import Array, Batch, ObjectiveConfig, Snapshot, Vocab
@@ -66,13 +67,18 @@ def vectors_of(
             objective = _with_pooling(config, pooling).build(vocab)
         embed, before, after, taken = objective.embed, (), (), 2
     else:
-        owner = _reader(config)
-        embed = _states_of(owner, vocab, pooling or "mean")
+        owner, name = _reader(config)
+        embed = _states_of(owner, name, vocab, pooling or "mean")
         before, after = objective.rows.prefix, objective.rows.suffix
         if not before and not after and hasattr(owner, "encoder"):
             before, after = (vocab.require("cls", "text vectors"),), (vocab.require("sep", "text vectors"),)
         taken = len(before) + len(after)
-    assert embed is not None
+    # what does not fit together is said now, and not when a run has been trained
+    shapes, row = (
+        jax.eval_shape(objective.init, jax.random.key(0)),
+        text_rows([[vocab.pad]], 1, max(length - 2, 1), vocab.pad),
+    )
+    jax.eval_shape(lambda params, batch: embed(Snapshot(params, {}, jnp.int32(0)), batch, 0), shapes, row)
     compiled = jax.jit(embed, static_argnums=2, out_shardings=NamedSharding(mesh, P()))
     return Vectors(compiled, before, after, length - taken, vocab.pad)
 
@@ -83,10 +89,13 @@ def _with_pooling(config: Any, pooling: Pooling) -> ObjectiveConfig:
     return dataclasses.replace(config, pooling=pooling)
 
 
-def _reader(config: Any) -> Any:
-    """The objective itself; of a combination, the first part that has a Transformer of its own."""
-    parts = [_reader(part.objective) for part in getattr(config, "parts", ())]
-    return next((part for part in parts if _network(part) is not None), config)
+def _reader(config: Any) -> tuple[Any, str]:
+    """The objective itself, or of a combination the first part that has a Transformer; and that one's name there."""
+    for part in getattr(config, "parts", ()):
+        owner, name = _reader(part.objective)
+        if _network(owner) is not None:
+            return owner, f"{part.name}_{name}" if name in part.own else name
+    return config, "trunk"
 
 
 def _network(config: Any) -> TransformerConfig | None:
@@ -94,8 +103,8 @@ def _network(config: Any) -> TransformerConfig | None:
     return found if isinstance(found, TransformerConfig) else None
 
 
-def _states_of(config: Any, vocab: Vocab, pooling: Pooling) -> Callable[[Snapshot, Batch, int], Array]:
-    """The pooled last states of an objective's "trunk"."""
+def _states_of(config: Any, name: str, vocab: Vocab, pooling: Pooling) -> Callable[[Snapshot, Batch, int], Array]:
+    """The pooled last states of an objective's "trunk", which has this name."""
     network = _network(config)
     if network is None:
         raise ValueError(
@@ -106,8 +115,9 @@ def _states_of(config: Any, vocab: Vocab, pooling: Pooling) -> Callable[[Snapsho
     pattern_of = bidirectional if hasattr(config, "encoder") else causal
 
     def embed(snapshot: Snapshot, batch: Batch, text: int) -> Array:
-        pattern = pattern_of(batch.segment_ids, batch.positions)
-        hidden_RLD = trunk.apply(snapshot.params["trunk"], batch.tokens, pattern, batch.positions)
+        pattern, params = pattern_of(batch.segment_ids, batch.positions), snapshot.params
+        whole = complete(params)[0] if "delta" in params and name == "trunk" else params[name]
+        hidden_RLD = trunk.apply(whole, batch.tokens, pattern, batch.positions)
         return pool(pooling, hidden_RLD, batch.segment_ids).astype(jnp.float32)
 
     return embed

@@ -15,7 +15,16 @@ from jaxpt import cli
 from jaxpt.config import RunConfig, save
 from jaxpt.data.build import BuildConfig, build
 from jaxpt.models.config import TransformerConfig
-from jaxpt.objectives import OBJECTIVES, CausalLM, MaskedLM, Multitask, SimCSE, SpanCorruption
+from jaxpt.models.sharing import complete
+from jaxpt.objectives import (
+    OBJECTIVES,
+    CausalLM,
+    MaskedLM,
+    Multitask,
+    ReplacedTokenDetection,
+    SimCSE,
+    SpanCorruption,
+)
 from jaxpt.objectives.combine import Task
 from jaxpt.optimizer import OptimizerConfig
 from jaxpt.sharding import MeshConfig, make_mesh
@@ -61,6 +70,32 @@ def test_every_objective_has_vectors_or_says_that_it_has_none(name: str):
     assert made.shape[0] == 8
     assert made.ndim == 2
     assert made.dtype == jnp.float32
+
+
+def vector_of(config, params: dict) -> np.ndarray:
+    vectors = vectors_of(config.for_evaluation(), VOCAB, 24, MESH)
+    batch = text_rows([[*vectors.before, 20, 21, *vectors.after]], 1, 16, VOCAB.pad)
+    return np.asarray(vectors.embed(Snapshot(params, {}, jnp.int32(0)), batch, 0))
+
+
+def test_tables_that_another_network_owns_are_read():
+    """DeBERTaV3's trunk has no tables of its own: the generator's and what it learns beside them."""
+    config = ReplacedTokenDetection(encoder=NETWORK, generator=NETWORK, embeddings="gradient_disentangled")
+    params = config.build(VOCAB).init(jax.random.key(0))
+    whole = complete(params)[0]
+    assert "tokens" not in params["trunk"].get("embed", {})
+    alone = {"trunk": whole, "head": MaskedLM(encoder=NETWORK).build(VOCAB).init(jax.random.key(1))["head"]}
+    np.testing.assert_allclose(vector_of(config, params), vector_of(MaskedLM(encoder=NETWORK), alone), atol=1e-6)
+
+
+def test_a_part_is_read_by_its_own_network():
+    """Where the first part of a combination keeps its trunk to itself, the others' says nothing of it."""
+    parts = Task("a", MaskedLM(encoder=NETWORK), own=("trunk", "head")), Task("b", CausalLM(decoder=NETWORK))
+    config = Multitask((Task("in", Multitask(parts, rows="a"), own=("a_trunk",)),), rows="in")
+    params = config.build(VOCAB).init(jax.random.key(0))
+    assert set(params) == {"in_a_trunk", "a_head", "trunk", "head"}
+    alone = {"trunk": params["in_a_trunk"], "head": params["a_head"]}
+    np.testing.assert_allclose(vector_of(config, params), vector_of(parts[0].objective, alone), atol=1e-6)
 
 
 def test_a_vector_is_that_of_its_text_alone():
