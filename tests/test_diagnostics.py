@@ -200,6 +200,7 @@ def test_products_with_the_hessian_of_a_transformer(written_out):
     assert np.linalg.norm(differences - want) < 2e-2 * np.linalg.norm(want)
 
 
+@pytest.mark.slow
 def test_curvature_of_a_transformer_on_a_mesh(written_out):
     """Scanned, rematerialised, attended in tiles, on eight devices: the same Hessian."""
     objective, snapshot, batch, _, _, g, H = written_out

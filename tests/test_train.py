@@ -131,7 +131,12 @@ def test_resumed_digit_for_digit(finished: Path, data: str, tmp_path: Path, monk
 
 
 @pytest.mark.parametrize(
-    ("mesh", "microbatches"), [(MeshConfig(data=8), 1), (MeshConfig(data=1, fsdp=2, tensor=4), 2)], ids=str
+    ("mesh", "microbatches"),
+    [
+        pytest.param(MeshConfig(data=8), 1, marks=pytest.mark.slow),
+        (MeshConfig(data=1, fsdp=2, tensor=4), 2),
+    ],
+    ids=str,
 )
 def test_other_meshes_and_microbatches_agree(
     finished: Path, data: str, tmp_path: Path, mesh: MeshConfig, microbatches: int
