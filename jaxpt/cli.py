@@ -136,17 +136,17 @@ examples:
 class EmbedArgs:
     """Write the vectors of texts, one per line of the input and in its order, as a float32 array [texts, width].
 
-    Example: jaxpt embed runs/simcse --input sentences.txt, and then numpy.load("sentences.npy").
+    Example: jaxpt embed runs/simcse --input sentences.txt, and then numpy.load("sentences.txt.npy").
     """
 
     input: str
-    """A text per line, per record of JSON lines or per row of Parquet; also .gz .xz .zst .bz2."""
+    """A text per line, per record of JSON lines or FASTA, or per row of Parquet; also .gz .xz .zst .bz2."""
     output: str | None = None
     """The .npy file; INPUT.npy by default."""
     field: str = "text"
     """Field of JSON lines or column of Parquet that holds the text."""
     text: int = 0
-    """Which text of an example these are, where the first and the second are read by different networks."""
+    """0 or 1: are these first or second texts of an example, where different networks read the two?"""
     pooling: Literal["first", "mean", "last"] | None = None
     """What the vector is made of, if not what the objective says: the state of one token, or the mean of all."""
     normalize: bool = False
@@ -174,7 +174,7 @@ class EvaluateArgs:
     task: Literal["sts", "retrieval"] | None = None
     """`sts`: pairs with scores, .tsv, .csv or .jsonl; `retrieval`: pairs, likewise, or two line-aligned files."""
     columns: tuple[str, ...] = ()
-    """With --task sts: the names of the two texts and the score in a header, or of the fields of JSON lines."""
+    """With --task: the names of the two texts (and for sts the score) in a header, or of the fields of JSON lines."""
     pooling: Literal["first", "mean", "last"] | None = None
     """With --task: what a vector is made of, if not what the objective says."""
     step: int | None = None
@@ -409,8 +409,8 @@ def _known(config: str | None) -> tuple[type, ...]:
 def _measure_task(run: str, asked: EvaluateArgs, known: tuple[type, ...]) -> dict[str, float]:
     if not asked.data or asked.rows is not None:
         raise ValueError(f"--task {asked.task} reads files of its own, whole: give --data FILE, and no --rows")
-    if len(asked.columns) not in (0, 3) or (asked.columns and asked.task != "sts"):
-        raise ValueError("--columns are three, of --task sts: the two texts and the score")
+    if asked.columns and len(asked.columns) != (3 if asked.task == "sts" else 2):
+        raise ValueError("--columns are three of --task sts, the two texts and the score, and two of --task retrieval")
     from jaxpt.embed import measure_run
 
     assert asked.task is not None
@@ -432,14 +432,16 @@ def _embed(args: list[str]) -> int:
 
     run, flags = (args[0], args[1:]) if args and args[0] not in ("--help", "-h") else ("RUN", ["--help"])
     asked = tyro.cli(EmbedArgs, prog=f"jaxpt embed {run}", args=flags)
-    if asked.batch_size < 1 or asked.text < 0:
-        raise ValueError("--batch-size must be at least 1, and texts count from 0")
+    if asked.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, not {asked.batch_size}")
+    if asked.text not in (0, 1):
+        raise ValueError(f"--text is 0 or 1, the first or the second text of an example, not {asked.text}")
     process.calm_cpu()
     process.keep_compiled_programs()
     from jaxpt.embed import embed_run
 
     output = asked.output or f"{asked.input}.npy"
-    (count, width), cut, longest = embed_run(
+    written = embed_run(
         run,
         asked.input,
         output,
@@ -451,8 +453,15 @@ def _embed(args: list[str]) -> int:
         batch_size=asked.batch_size,
         known=_known(asked.config),
     )
-    shown = f"; {cut} were longer than {longest} tokens and were cut" if cut else ""
+    count, width = written.shape
+    shown = f"; {written.cut} were longer than {written.longest} tokens and were cut" if written.cut else ""
     print(f"wrote {output}: {count} vectors of {width} numbers{shown}")
+    if written.broken:
+        print(
+            f"jaxpt: warning: {written.broken} of {count} vectors are not finite (nan or infinite), as of a run that "
+            f"diverged",
+            file=sys.stderr,
+        )
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -18,6 +19,24 @@ from jaxpt.tasks.reading import read_texts
 from jaxpt.tasks.vectors import text_rows
 from jaxpt.train import Trained, open_trained
 
+ROWS = 1 << 16  # of vectors that are looked at together
+
+
+class Written(NamedTuple):
+    """What ``embed_run`` has written.
+
+    Args:
+      shape: of the array.
+      cut: how many texts were cut.
+      longest: at how many tokens.
+      broken: how many vectors hold a number that is not finite, as those of a run that diverged.
+    """
+
+    shape: tuple[int, int]
+    cut: int
+    longest: int
+    broken: int
+
 
 def embed_run(
     run: str,
@@ -31,12 +50,12 @@ def embed_run(
     step: int | None = None,
     batch_size: int = 64,
     known: tuple[type, ...] = (),
-) -> tuple[tuple[int, int], int, int]:
+) -> Written:
     """Write the vectors of the texts of a file, in their order, as one float32 array.
 
     Args:
       run: the run directory.
-      file: a text per line, per record of JSON lines or per row of Parquet.
+      file: a text per line, per record of JSON lines or FASTA, or per row of Parquet.
       output: the .npy file, which is written while they are made and is there when it is whole.
       field: of JSON lines and Parquet.
       text: for which of the texts of an example they stand, where those are read by different networks.
@@ -46,34 +65,57 @@ def embed_run(
       batch_size: texts at a time.
       known: configuration types that are not jaxpt's.
 
-    Returns:
-      The shape of the array, how many texts were cut, and at how many tokens.
-
     Raises:
-      ValueError: no such run, objective without vectors, or file with something else than texts.
+      ValueError: no such run, objective without vectors, file with something else than texts, or no place to write to.
     """
     if Path(output).suffix != ".npy":
         raise ValueError(f"--output {output}: vectors are written as numpy's .npy: name a file that ends so")
+    first = jax.process_index() == 0
+    if first and Path(output).is_dir():
+        raise ValueError(f"--output {output} is a folder: name a file")
+    if first and not Path(output).parent.is_dir():
+        raise ValueError(f"--output {output}: there is no folder {Path(output).parent}: make it, or name another")
     texts = read_texts(file, field)
     with open_trained(run, step, known) as trained:
         vectors, tokenizer = _vectors(trained, pooling)
         tokens, cut = encode(tokenizer, texts, vectors.longest)
         shape = (len(texts), _width(vectors, trained, text))
-        first = jax.process_index() == 0
         part = Path(f"{output}.part")
-        into = np.lib.format.open_memmap(part, "w+", np.dtype(np.float32), shape) if first else np.zeros(shape, "f4")
-        options = {"text": text, "batch_size": batch_size, "into": into}
-        with _progress() as progress:
-            bar = progress.add_task("embedding", total=len(texts))
-            make_vectors(
-                vectors, trained.snapshot, tokens, trained.mesh, progress=lambda n: progress.advance(bar, n), **options
-            )
+        try:
+            into = np.lib.format.open_memmap(part, "w+", np.dtype("f4"), shape) if first else np.zeros(shape, "f4")
+            with _progress() as progress:
+                bar = progress.add_task("embedding", total=len(texts))
+                make_vectors(
+                    vectors,
+                    trained.snapshot,
+                    tokens,
+                    trained.mesh,
+                    text=text,
+                    batch_size=batch_size,
+                    into=into,
+                    progress=lambda n: progress.advance(bar, n),
+                )
+            broken = _finish(into, normalize)
+            if first:
+                into.flush()  # type: ignore[attr-defined]
+                part.replace(output)
+        except BaseException:  # an interrupt, too
+            if first:
+                part.unlink(missing_ok=True)
+            raise
+    return Written(shape, cut, vectors.longest, broken)
+
+
+def _finish(vectors_NE: np.ndarray, normalize: bool) -> int:
+    """Make vectors as long as 1 where asked, in place and by blocks; return how many are not finite."""
+    broken = 0
+    for begin in range(0, len(vectors_NE), ROWS):
+        block = vectors_NE[begin : begin + ROWS]
+        broken += int((~np.isfinite(block).all(axis=1)).sum())
         if normalize:
-            into /= np.maximum(np.linalg.norm(into, axis=1, keepdims=True), 1e-12)
-        if first:
-            into.flush()  # type: ignore[attr-defined]
-            part.replace(output)
-    return shape, cut, vectors.longest
+            with np.errstate(invalid="ignore", over="ignore"):  # what is not finite stays so, and is counted
+                block /= np.maximum(np.linalg.norm(block, axis=1, keepdims=True), 1e-12)
+    return broken
 
 
 def measure_run(
@@ -93,7 +135,7 @@ def measure_run(
       run: the run directory.
       task: "sts" or "retrieval".
       files: that hold it.
-      columns: of pairs with scores, where there are others.
+      columns: names of the texts (and the score) in a header or of JSON fields, where there are others.
       pooling: another one than the objective's.
       step: the checkpoint; the newest by default.
       batch_size: texts at a time.

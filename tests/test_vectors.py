@@ -1,18 +1,23 @@
-"""tools/vectors.py: static vectors, the order of its runs, who is asked what, the table and plot of what is done."""
+"""tools/vectors.py: static vectors, the order of its runs, who is asked what, the table and plot of what is done.
+
+And what `jaxpt embed` does with its file, whatever makes the vectors.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support import tiny_vocab
 
+from jaxpt import cli, embed
 from jaxpt.data.build import BuildConfig, build
-from jaxpt.data.tokenizer import built_tokenizer
+from jaxpt.data.tokenizer import built_tokenizer, byte_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
@@ -104,3 +109,73 @@ def test_the_table_has_means_and_ranges_and_a_plot(tmp_path: Path):
     assert "| untrained | 25.0 (25.0 to 25.0) | 0.25 (0.25 to 0.25) |" in lines[4]
     assert "| simcse | 60.0 (50.0 to 70.0) | 0.60 (0.50 to 0.70) |" in lines[5]
     assert (tmp_path / "vectors.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# ------------------------------------------------------------------------------------------- jaxpt embed
+
+
+def given(monkeypatch: pytest.MonkeyPatch, made: np.ndarray | BaseException) -> None:
+    """Let a run make these vectors, or fail."""
+
+    def make(*_, into: np.ndarray, **__) -> None:
+        if isinstance(made, BaseException):
+            raise made
+        into[:] = made
+
+    monkeypatch.setattr(embed, "open_trained", lambda *_: nullcontext(Namespace(snapshot=None, mesh=None)))
+    monkeypatch.setattr(embed, "_vectors", lambda *_: (Namespace(longest=9), byte_tokenizer()))
+    monkeypatch.setattr(embed, "_width", lambda *_: 3)
+    monkeypatch.setattr(embed, "make_vectors", make)
+
+
+def test_embed_tells_of_what_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    made = np.arange(1, 16, dtype=np.float32).reshape(5, 3)
+    made[1, 2], made[4, 0] = np.nan, np.inf
+    given(monkeypatch, made)
+    monkeypatch.setattr(embed, "ROWS", 2)  # blocks, of which the last is not full
+    monkeypatch.chdir(tmp_path)
+    Path("in.txt").write_text("a\nb\nc\nd\ne\n")
+    assert cli.main(["embed", "run", "--input", "in.txt", "--normalize"]) == 0
+    assert "warning: 2 of 5 vectors are not finite" in capsys.readouterr().err
+    found, kept = np.load("in.txt.npy"), [0, 2, 3]
+    np.testing.assert_allclose(found[kept], made[kept] / np.linalg.norm(made[kept], axis=1, keepdims=True), rtol=1e-6)
+    given(monkeypatch, np.ones((5, 3), np.float32))
+    assert cli.main(["embed", "run", "--input", "in.txt"]) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert np.load("in.txt.npy").tolist() == np.ones((5, 3)).tolist()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("it broke")])
+def test_embed_leaves_no_part_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException):
+    given(monkeypatch, error)
+    (tmp_path / "in.txt").write_text("a\n")
+    with pytest.raises(type(error)):
+        embed.embed_run("run", str(tmp_path / "in.txt"), str(tmp_path / "out.npy"))
+    assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("embed", "run", "--input", "in.txt", "--output", "gone/out.npy"), "there is no folder gone"),
+        (("embed", "run", "--input", "in.txt", "--output", "folder.npy"), "is a folder: name a file"),
+        (("embed", "run", "--input", "in.txt", "--text", "2"), "--text is 0 or 1"),
+        (("embed", "run", "--input", "in.txt", "--batch-size", "0"), "at least 1, not 0"),
+        (("embed", "run", "--input", "in.tsv"), "name a text file"),
+        (
+            ("evaluate", "run", "--task", "retrieval", "--data", "a.tsv", "--columns", "a", "b", "c"),
+            "two of --task retr",
+        ),
+        (("evaluate", "run", "--task", "sts", "--data", "a.tsv", "--columns", "a", "b"), "--columns are three of"),
+    ],
+)
+def test_mistakes_are_told_before_a_run_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, args: tuple[str, ...], message: str
+):
+    monkeypatch.setattr(embed, "open_trained", lambda *_: pytest.fail("the run was opened"))
+    monkeypatch.chdir(tmp_path)
+    Path("in.txt").write_text("a\n")
+    Path("in.tsv").write_text("1\ta\n")
+    Path("folder.npy").mkdir()
+    assert cli.main(list(args)) == 2
+    assert message in capsys.readouterr().err

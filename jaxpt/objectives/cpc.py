@@ -99,7 +99,7 @@ class CPC:
             check(
                 count > self.ahead,
                 f"cpc: rows of {batch.tokens.shape[1]} tokens have room for {count} segments of {self.window}, and "
-                f"{self.ahead} must follow the first: raise --seq-len, or lower --objective.ahead or --objective.window",
+                f"{self.ahead} must follow one: raise --seq-len, or lower --objective.ahead or --objective.window",
             )
             if self.segments == "sentences":
                 texts, cut_R = segments_of(batch, batch.sentence_ids, count)

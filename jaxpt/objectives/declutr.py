@@ -241,7 +241,7 @@ def between(numbers: Array, low: Array, high: Array) -> Array:
 
 
 def tell_apart(anchors_QE: Array, positives_QE: Array, valid_Q: Array, numbers_R: Array, scale: float) -> Contrast:
-    """Return NT-Xent of anchors and mean positives, of which those of a document's copy in another row are no negatives.
+    """Return NT-Xent of anchors and mean positives; those of a copy of the document in another row are no negatives.
 
     Args:
       anchors_QE, positives_QE: A of each row, row by row.
@@ -250,14 +250,19 @@ def tell_apart(anchors_QE: Array, positives_QE: Array, valid_Q: Array, numbers_R
       scale: 1 / temperature.
     """
     count = len(anchors_QE)
-    groups = tuple(jnp.tile(jnp.repeat(side, count // len(numbers_R), axis=0), (2, 1)) for side in copies(numbers_R))
-    own_P1 = -1 - jnp.tile(jnp.arange(count), 2)[:, None]  # a pair is no negative of itself
+    own_P1 = -1 - jnp.tile(jnp.arange(count), 2)[:, None]  # a vector is no negative of itself
+
+    def of_pairs(groups_RB: Array) -> Array:
+        groups_QB = jnp.repeat(groups_RB, count // len(numbers_R), axis=0)
+        return jnp.concatenate([own_P1, jnp.tile(groups_QB, (2, 1))], axis=1)
+
+    ones, others = copies(numbers_R)
     made = info_nce(
         jnp.concatenate([anchors_QE, positives_QE]),
         jnp.concatenate([positives_QE, anchors_QE]),
         jnp.arange(2 * count),
         scale=scale,
-        groups=(jnp.concatenate([own_P1, groups[0]], 1), jnp.concatenate([own_P1, groups[1]], 1)),
+        groups=(of_pairs(ones), of_pairs(others)),
         valid_K=jnp.tile(valid_Q, 2),
     )
     return Contrast(*(value.reshape(2, count).mean(0) for value in made))
@@ -266,7 +271,7 @@ def tell_apart(anchors_QE: Array, positives_QE: Array, valid_Q: Array, numbers_R
 def copies(numbers_R: Array) -> tuple[Array, Array]:
     """Return groups, for ``info_nce``, that have one in common where two rows are different and hold the same document.
 
-    Row r has, for each bit of r, a number of the document, the bit and its value; the other side has the opposite value.
+    Row r has, for each bit of r, a number of document, bit and value; on the other side the value is the opposite one.
 
     Args:
       numbers_R: [R] i32, the same for the same documents.

@@ -8,7 +8,6 @@ Alignment, uniformity and effective rank: ``objectives/text_vectors.py`` (Wang &
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxpt.data.files import compressed, format_of
 from jaxpt.data.tokenizer import Tokenizer
 from jaxpt.losses.contrastive import SIMILARITY_BYTES, normalize
 from jaxpt.objectives.text_vectors import vector_metrics, vector_sums
@@ -44,7 +44,7 @@ def spearman(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def similarity(first_NE: np.ndarray, second_NE: np.ndarray, texts_UE: np.ndarray, scores_N: np.ndarray) -> dict:
-    """Return the metrics of similarity.
+    """Return the metrics of similarity, without those of which there is nothing to measure.
 
     Args:
       first_NE, second_NE: vectors of N pairs.
@@ -56,52 +56,64 @@ def similarity(first_NE: np.ndarray, second_NE: np.ndarray, texts_UE: np.ndarray
     alike_N = scores_N > ALIKE * scores_N.max()
     apart = 2 - 2 * cosines_N[alike_N]
     lie = jax.jit(lambda vectors: vector_metrics(vector_sums(vectors, jnp.ones(len(vectors)))))(jnp.asarray(texts_UE))
+    of_two = () if len(texts_UE) > 1 else ("uniformity", "cosine_of_others")  # of one text there are no two
     return {
         "spearman": spearman(cosines_N, scores_N),
-        "alignment": float(apart.mean()) if len(apart) else math.nan,
-        **{name: float(value) for name, value in lie.items()},
+        **({"alignment": float(apart.mean())} if len(apart) else {}),  # no score above 0: nobody called a pair alike
+        **{name: float(value) for name, value in lie.items() if name not in of_two},
         "pairs": len(scores_N),
     }
 
 
-def ranks_of_partners(first_NE: Array, second_NE: Array, first_N: Array, second_N: Array) -> Array:
-    """Return the rank [N] f32, from 1, of each vector's partner among all of the other side, by cosine.
+def ranks_of_partners(first_UE: Array, second_WE: Array, first_N: Array, second_N: Array) -> Array:
+    """Return the rank [N] f32, from 1, of each pair's second text among all second texts, by cosine with its first.
 
-    One that is as near as the partner counts half, so that vectors which are all the same find nothing. What is no
-    wrong answer is not counted: another copy of the partner, and the partners of another copy of the text itself.
+    One that is as near as the partner counts half, so that vectors which are all the same find nothing. The other
+    partners of a first text are no wrong answers, and are not counted.
 
     Args:
-      first_NE, second_NE: vectors of N pairs; they are compared in blocks of rows, so that N may be 100,000.
-      first_N, second_N: [N] i32, numbers of the texts: the same for the same text.
+      first_UE, second_WE: vectors of the distinct texts of each side.
+      first_N, second_N: [N] i32, which texts each pair has. They are compared in blocks of pairs, so that N may be
+        100,000.
 
-    >>> ranks_of_partners(jnp.eye(3), jnp.eye(3)[jnp.array([0, 2, 1])], jnp.arange(3), jnp.arange(3)).tolist()
+    >>> ranks_of_partners(jnp.eye(3), jnp.eye(3), jnp.array([0, 1, 2]), jnp.array([0, 2, 1])).tolist()
     [1.0, 2.5, 2.5]
     """
-    one_NE, two_NE = normalize(first_NE), normalize(second_NE)
-    count = len(one_NE)
-    rows = max(1, min(count, SIMILARITY_BYTES // (4 * count)))
+    one_UE, two_WE = normalize(first_UE), normalize(second_WE)
+    count, others = len(first_N), len(two_WE)
+    rows = max(1, min(count, SIMILARITY_BYTES // (4 * others)))
     blocks = -(-count // rows)
+    order_N = jnp.argsort(first_N)  # so that all partners of a text are found by the few texts of a block
 
     def cut(leaf: Array) -> Array:
-        leaf = jnp.pad(leaf, [(0, blocks * rows - count), *[(0, 0)] * (leaf.ndim - 1)])
-        return leaf.reshape(blocks, rows, *leaf.shape[1:])
+        return jnp.pad(leaf[order_N], (0, blocks * rows - count), mode="edge").reshape(blocks, rows)
 
-    def rank(block: tuple[Array, ...]) -> Array:
-        anchors_RE, place_R, text_R, partner_R = block
-        cosines_RN = jnp.matmul(anchors_RE, two_NE.T, precision=jax.lax.Precision.HIGHEST)
-        own_R = jnp.take_along_axis(cosines_RN, place_R[:, None], axis=1)  # of the same product, so that ties are ties
-        wrong_RN = (text_R[:, None] != first_N) & (partner_R[:, None] != second_N)
-        above_RN = (cosines_RN > own_R) + 0.5 * (cosines_RN == own_R)
-        return 1 + jnp.sum(jnp.where(wrong_RN, above_RN, 0.0), axis=1)
+    def rank(block: tuple[Array, Array]) -> Array:
+        text_R, partner_R = block
+        cosines_RW = jnp.matmul(one_UE[text_R], two_WE.T, precision=jax.lax.Precision.HIGHEST)
+        own_R = jnp.take_along_axis(cosines_RW, partner_R[:, None], axis=1)  # of the same product: ties are ties
+        # the first row of each text here holds its partners
+        row_N = jnp.searchsorted(text_R, first_N)
+        row_N = jnp.where(text_R[jnp.minimum(row_N, rows - 1)] == first_N, row_N, rows)
+        known_RW = jnp.zeros((rows, others), bool).at[row_N, second_N].set(True, mode="drop")
+        known_RW = known_RW[jnp.searchsorted(text_R, text_R)]
+        # of vectors that are no numbers every other is above
+        above_RW = jnp.where(cosines_RW == own_R, 0.5, ~(cosines_RW < own_R))
+        return 1 + jnp.sum(jnp.where(known_RW, 0.0, above_RW), axis=1)
 
-    parts = cut(one_NE), cut(jnp.arange(count)), cut(first_N), cut(second_N)
-    return jax.lax.map(rank, parts).reshape(-1)[:count]
+    ranks_N = jax.lax.map(rank, (cut(first_N), cut(second_N))).reshape(-1)[:count]
+    return jnp.zeros_like(ranks_N).at[order_N].set(ranks_N)
 
 
-def retrieval(first_NE: np.ndarray, second_NE: np.ndarray, first_N: np.ndarray, second_N: np.ndarray) -> dict:
-    """Return the metrics of finding partners, "forward" from the first side to the second, and "backward"."""
+def retrieval(first_UE: np.ndarray, second_WE: np.ndarray, first_N: np.ndarray, second_N: np.ndarray) -> dict:
+    """Return the metrics of finding partners, "forward" from the first side to the second, and "backward".
+
+    Args:
+      first_UE, second_WE: vectors of the distinct texts of each side.
+      first_N, second_N: [N] i32, which texts each pair has.
+    """
     compiled, found = jax.jit(ranks_of_partners), {}
-    sides = (jnp.asarray(first_NE), jnp.asarray(first_N)), (jnp.asarray(second_NE), jnp.asarray(second_N))
+    sides = (jnp.asarray(first_UE), jnp.asarray(first_N)), (jnp.asarray(second_WE), jnp.asarray(second_N))
     for name, ((one, one_N), (two, two_N)) in {"forward": sides, "backward": sides[::-1]}.items():
         ranks_N = np.asarray(compiled(one, two, one_N, two_N), np.float64)
         found |= {f"{name}/recall@{k}": float((ranks_N <= k).mean()) for k in NEAREST}
@@ -144,7 +156,10 @@ def parse_task(entry: str) -> tuple[str, tuple[str, ...]]:
     kind, _, files = entry.partition("=")
     if kind not in TASKS or not files:
         raise ValueError(f"task {entry!r}: write sts=FILE (pairs with scores) or retrieval=FILE (pairs), FILE,FILE")
-    return kind, tuple(files.split(","))
+    named = tuple(files.split(","))
+    if not all(name.strip() for name in named):
+        raise ValueError(f"task {entry!r}: a comma stands between two files, and here one has no name")
+    return kind, named
 
 
 def open_task(
@@ -157,13 +172,13 @@ def open_task(
       files: that hold it.
       tokenizer: of the run.
       longest: tokens at which texts are cut.
-      columns: as of ``read_scored``.
+      columns: as of ``read_scored`` and ``read_pairs``.
       name: before its metrics; the kind by default.
 
     Raises:
       ValueError: a file is not what the task reads.
     """
-    pairs = TASKS[kind](files, columns) if columns else TASKS[kind](files)
+    pairs = TASKS[kind](files, columns)
     # Two towers read the two sides of a pair; the texts of STS are all read as the first of one.
     sides = [list(dict.fromkeys(side)) for side in (pairs.first, pairs.second)]
     if kind == "sts":
@@ -182,9 +197,7 @@ def open_tasks(entries: Sequence[str], tokenizer: Tokenizer, longest: int) -> li
     """Return the tasks of a run ("NAME=FILE"); the metrics of several of one kind are told apart by the file's name."""
     parsed = [parse_task(entry) for entry in entries]
     kinds = [kind for kind, _ in parsed]
-    names = [
-        kind if kinds.count(kind) == 1 else f"{kind}/{Path(files[0]).name.partition('.')[0]}" for kind, files in parsed
-    ]
+    names = [kind if kinds.count(kind) == 1 else f"{kind}/{_name(files[0])}" for kind, files in parsed]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise ValueError(
@@ -193,6 +206,13 @@ def open_tasks(entries: Sequence[str], tokenizer: Tokenizer, longest: int) -> li
     return [
         open_task(kind, files, tokenizer, longest, name=name) for (kind, files), name in zip(parsed, names, strict=True)
     ]
+
+
+def _name(file: str) -> str:
+    """What a file is called, without what says how it is compressed and which format it has."""
+    path = Path(Path(file).stem if compressed(file) else file)
+    known = path.suffix.lower() in (".csv", ".tsv", ".txt") or format_of(path.name) != "text"
+    return path.stem if known else path.name
 
 
 def measure_task(
@@ -221,4 +241,4 @@ def task_metrics(task: Task, first_UE: np.ndarray, second_UE: np.ndarray | None)
         assert task.scores_N is not None
         return similarity(first_UE[task.first_N], first_UE[task.second_N], first_UE, task.scores_N)
     assert second_UE is not None
-    return retrieval(first_UE[task.first_N], second_UE[task.second_N], task.first_N, task.second_N)
+    return retrieval(first_UE, second_UE, task.first_N, task.second_N)

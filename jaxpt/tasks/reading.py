@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,16 +25,20 @@ class Pairs(NamedTuple):
 
 
 FIELDS = {2: ("source", "target"), 3: ("sentence1", "sentence2", "score")}  # of JSON lines
+COLUMNS = {2: "--columns TEXT TEXT", 3: "--columns TEXT TEXT SCORE"}  # as they are asked for
+LONGEST_COLUMN = 2**31 - 1  # characters, of .csv; Python's own limit is 131072
 
 
 def read_texts(file: str, field: str = "text") -> list[str]:
-    """Return one text per line of a text file, per record of JSON lines or per row of Parquet.
+    """Return one text per line of a text file, per record of JSON lines or FASTA, or per row of Parquet.
 
     Raises:
       ValueError: something is no text; a blank line is none, since vectors and lines would no longer agree.
     """
+    if _kind(file) in ("csv", "tsv"):
+        raise ValueError(f"{file}: which column holds the texts is not known: name a text file, JSON lines or Parquet")
     (piece,) = _one_file(file)
-    if piece.format in ("text", "fasta"):
+    if piece.format == "text":
         texts = list(_lines(piece))
         for number, text in enumerate(texts, 1):
             if not text.strip():
@@ -50,14 +55,20 @@ def read_texts(file: str, field: str = "text") -> list[str]:
     return texts
 
 
-def read_pairs(files: Sequence[str]) -> Pairs:
+def read_pairs(files: Sequence[str], columns: Sequence[str] = ()) -> Pairs:
     """Return pairs of a source and a target: .tsv or .csv of two columns, JSON lines, or two line-aligned files.
+
+    Args:
+      files: several one after the other; two of lines are aligned.
+      columns: names of the two texts, of a header line or of JSON fields; without them no line is a header.
 
     Raises:
       ValueError: a line is no pair.
     """
     kinds = {_kind(file) for file in files}
     if kinds == {"text"} and len(files) == 2:
+        if columns:
+            raise ValueError(f"{files[0]} and {files[1]} are line-aligned and have no columns: leave --columns out")
         sides = [list(_lines(_one_file(file)[0])) for file in files]
         if len(sides[0]) != len(sides[1]):
             raise ValueError(
@@ -66,7 +77,7 @@ def read_pairs(files: Sequence[str]) -> Pairs:
             )
         records = [(f"line {number}", pair) for number, pair in enumerate(zip(*sides, strict=True), 1)]
         return Pairs(*_columns(records, f"{files[0]}, {files[1]}"))
-    found = [Pairs(*_columns(list(_records(file, None, 2)), file)) for file in files]
+    found = [Pairs(*_columns(list(_records(file, columns or None, 2)), file)) for file in files]
     return Pairs([text for each in found for text in each.first], [text for each in found for text in each.second])
 
 
@@ -98,8 +109,9 @@ def read_scored(files: Sequence[str], columns: Sequence[str] = ()) -> Pairs:
 
 def _scores_last(records: list[tuple[str, tuple[str, ...]]], file: str) -> list[tuple[str, tuple[str, ...]]]:
     """The records with their score at the end, without a header: it is first or last in all of them."""
-    if _number(records[0][1][0]) is None and _number(records[0][1][2]) is None:
-        records = records[1:]  # a header
+    if _is_header(records[0][1]):
+        print(f"{file}: {records[0][0]} is taken as a header: {' | '.join(records[0][1])[:120]}", file=sys.stderr)
+        records = records[1:]
     if records and all(_number(values[2]) is not None for _, values in records):
         return records
     if records and all(_number(values[0]) is not None for _, values in records):
@@ -108,6 +120,14 @@ def _scores_last(records: list[tuple[str, tuple[str, ...]]], file: str) -> list[
     raise ValueError(
         f"{file}: neither the first nor the last of the three columns is a number in every line, as in {shown!r}: "
         f"of a file with a header, name the columns: --columns TEXT TEXT SCORE"
+    )
+
+
+def _is_header(values: Sequence[str]) -> bool:
+    """Whether these are names: none is blank, and where a score could be there is none, nor "nan"."""
+    ends = (values[0].strip().lower(), values[2].strip().lower())
+    return all(value.strip() for value in values) and all(
+        _number(end) is None and end not in ("nan", "inf", "-inf") for end in ends
     )
 
 
@@ -175,16 +195,24 @@ def _records(file: str, columns: Sequence[str] | None, count: int) -> Iterator[t
             if columns and wanted is None:
                 missing = [name for name in columns if name not in values]
                 if missing:
-                    raise ValueError(f"{file}: its first line has no column {missing[0]!r}: it has {', '.join(values)}")
+                    known = ", ".join(values)
+                    raise ValueError(
+                        f"{file}: its first line has no column {missing[0]!r}: it has {known}{_tabs(kind, values)}"
+                    )
                 wanted = [values.index(name) for name in columns]
                 continue
             if len(values) != count if wanted is None else len(values) <= max(wanted):
                 asked = count if wanted is None else f"at least {max(wanted) + 1}"
-                hint = "; name those of its header: --columns TEXT TEXT SCORE" if count == 3 and wanted is None else ""
-                raise ValueError(f"{file}: {where} has {len(values)} columns, not {asked}{hint}")
+                hint = f"; name those of its header: {COLUMNS[count]}" if wanted is None else ""
+                raise ValueError(f"{file}: {where} has {len(values)} columns, not {asked}{_tabs(kind, values) or hint}")
             yield where, tuple(values if wanted is None else (values[place] for place in wanted))
     except csv.Error as error:
         raise ValueError(f"{file} is not CSV: {error}") from None
+
+
+def _tabs(kind: str, values: Sequence[str]) -> str:
+    """A hint, where what is called .csv holds tabs."""
+    return "; is it separated by tabs? Call it .tsv" if kind == "csv" and any("\t" in each for each in values) else ""
 
 
 def _tabbed(piece: Piece) -> Iterator[tuple[str, list[str]]]:
@@ -194,6 +222,7 @@ def _tabbed(piece: Piece) -> Iterator[tuple[str, list[str]]]:
 
 
 def _comma_separated(piece: Piece) -> Iterator[tuple[str, list[str]]]:
+    csv.field_size_limit(LONGEST_COLUMN)
     reader = csv.reader(io.StringIO("\n".join(_lines(piece)), newline=""))  # a quoted column may hold line ends
     for values in reader:
         yield f"line {reader.line_num}", values
@@ -202,7 +231,7 @@ def _comma_separated(piece: Piece) -> Iterator[tuple[str, list[str]]]:
 def _of_json(line: str, fields: Sequence[str], where: str) -> tuple[str, ...]:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}") from None
     there = record if isinstance(record, dict) else {}
     missing = [name for name in fields if not isinstance(there.get(name), str | int | float)]

@@ -105,6 +105,21 @@ def test_copies_and_rows_without_a_text_are_nobodys_negatives():
     assert np.isfinite(losses).all()
 
 
+def test_candidates_are_read_once():
+    """Beside the 9 candidates of 2,000 texts there is no second copy of them at length 1."""
+    rows, width = 2000, 256
+    objective = dataclasses.replace(CONFIG, negatives=8).build(VOCAB)
+    numbers = {"text_numbers": jnp.arange(rows), "steps": jnp.ones((rows, 8), jnp.int32)}
+    example = Example(numbers, jnp.arange(rows), {"contrastive": jnp.ones(rows)})
+
+    def losses(vectors: jax.Array) -> jax.Array:
+        return objective.couple(Snapshot({}, {}, jnp.int32(0)), {"vectors": vectors}, example)[0]["contrastive"]
+
+    shape = jax.ShapeDtypeStruct((rows, 2, width), jnp.float32)
+    memory = jax.jit(losses).lower(shape).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 1.7 * 4 * rows * 9 * width
+
+
 def test_every_set_of_steps_is_equally_likely():
     """10 sets of 3 of 5; all of fewer than three; none of none."""
     keys = jax.random.split(jax.random.key(0), 20_000)

@@ -146,6 +146,32 @@ def test_the_loss_is_a_cross_entropy_among_the_candidates(candidates):
     assert seen == 9
 
 
+def test_the_similarities_of_all_places_are_never_there_at_once():
+    """With 5,500 rows, one place with 2 predictions of it asks for 231 MiB of similarities, and is cut into blocks."""
+
+    def loss(*vectors: jax.Array) -> jax.Array:
+        return tell_apart("batch", *vectors, jnp.ones((5500, 8)))[0].loss.sum()
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((5500, 8, 2, 4), (5500, 8, 4))]
+    memory = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 450 * 2**20
+
+
+def test_what_is_lost_is_told():
+    """Of five documents two have one whole window only; of their 23 sentences two have one token, and fit into it."""
+    batch = batch_of([12, 12, 11, 5, 4, 0])
+    for config, want in (
+        (CONFIG, {"too_short": 2 / 5}),
+        (dataclasses.replace(CONFIG, window=1, segments="sentences"), {"too_short": 0, "cut_segments": 21 / 23}),
+    ):
+        example, _, _, gradient = run(config, batch)
+        counts = {"predictive": example.counts["predictive"].sum()}
+        metrics = finish(config.build(VOCAB), Sums(gradient.losses, counts, gradient.stats))
+        for name, value in want.items():
+            assert metrics[name] == pytest.approx(value, abs=1e-6)
+        assert ("cut_segments" in metrics) == (config.segments == "sentences")
+
+
 def test_who_knows_nothing_pays_the_log_of_the_candidates():
     """With W = 0 exactly ln N, of 19 segments, and the bound on the information is 0."""
     nothing = jax.tree.map(jnp.zeros_like, params()["predictions"])
@@ -241,6 +267,8 @@ def test_the_first_predictions_are_of_the_size_of_what_they_are_made_of():
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="room for 1 segments of 32"):
         run(dataclasses.replace(CONFIG, window=32), batch_of([32], 40))
+    with pytest.raises(ValueError, match="room for 4 segments of 3, and 4 must follow one"):
+        run(dataclasses.replace(CONFIG, ahead=4))
     with pytest.raises(ValueError, match="raise batch_size"):
         run(dataclasses.replace(CONFIG, candidates="batch"), jax.tree.map(lambda leaf: leaf[:1], BATCH))
     with pytest.raises(ValueError, match="1 or more"):

@@ -15,7 +15,7 @@ from support import tiny_vocab
 
 from jaxpt.corruption.rows import row_keys
 from jaxpt.models.config import TransformerConfig
-from jaxpt.objectives.declutr import DeCLUTR, draw_spans
+from jaxpt.objectives.declutr import DeCLUTR, draw_spans, tell_apart
 from jaxpt.step import batch_gradient, finish, make_example
 from jaxpt.types import Batch, Snapshot, Sums
 
@@ -165,6 +165,37 @@ def test_the_loss_is_nt_xent_over_all_anchors_and_mean_positives():
     assert metrics["loss/contrastive"] == pytest.approx(want.mean(), rel=1e-3)
     assert metrics["text_accuracy"] == pytest.approx((logits.argmax(1) == partner).mean(), abs=1e-6)
     assert metrics["alignment"] == pytest.approx(2 - 2 * np.sum(vectors[:8] * vectors[8:], 1).mean(), rel=1e-3)
+
+
+@pytest.mark.parametrize("numbers", [(5, 8, 5, 5, 9), (5, 8, 6, 7, 9), (4, 4)])
+def test_copies_of_a_document_are_no_negatives(numbers):
+    """Neither their anchors nor their positives; the other anchor of the same row stays one."""
+    numbers = np.array(numbers)
+    rows, pairs = len(numbers), 2 * len(numbers)
+    vectors = np.random.default_rng(0).normal(size=(2, pairs, 5)).astype(np.float32)
+    made = jax.jit(tell_apart)(*vectors, np.ones(pairs), numbers, 3.0)
+    both = vectors.reshape(2 * pairs, 5)
+    both /= np.linalg.norm(both, axis=-1, keepdims=True)
+    row, partner = np.tile(np.repeat(np.arange(rows), 2), 2), np.roll(np.arange(2 * pairs), pairs)
+    out = (numbers[row][:, None] == numbers[row]) & (row[:, None] != row) | np.eye(2 * pairs, dtype=bool)
+    logits = 3 * both @ both.T - 1e9 * out
+    want = np.asarray(optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits), partner))
+    np.testing.assert_allclose(made.loss, want.reshape(2, pairs).mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_the_same_tokens_are_copies():
+    """Also where other documents follow in the row; the loss of a batch is the one with these copies known."""
+    tokens, inside = BATCH.tokens.copy(), BATCH.segment_ids.copy()
+    tokens[1] = tokens[0]
+    tokens[3, 40:], inside[3, 40:] = 11, 2
+    tokens[4], inside[4] = tokens[3], inside[3]
+    tokens[4, 40:] = 12
+    example, losses, gradient = run(batch=BATCH._replace(tokens=tokens, segment_ids=inside))
+    numbers = example.inputs["text_numbers"]
+    assert (numbers[:, None] == numbers).sum() == 6 + 2 + 2
+    flat = (gradient.features[name].reshape(12, -1) for name in ("anchors", "positives"))
+    want = tell_apart(*flat, example.weights["contrastive"].reshape(-1), jnp.array([7, 7, 1, 2, 2, 3]), 20.0)
+    np.testing.assert_allclose(losses.reshape(-1)[:4], want.loss[:4], rtol=1e-4, atol=1e-5)
 
 
 def test_vectors_are_those_of_the_texts_and_positives_are_averaged():

@@ -21,14 +21,16 @@ from jaxpt.models.config import TransformerConfig
 from jaxpt.models.heads import mlm_head, pool
 from jaxpt.models.patterns import bidirectional
 from jaxpt.models.transformer import embedding_table, transformer
+from jaxpt.objectives import simcse
 from jaxpt.objectives.masked_lm import MaskedLM
 from jaxpt.objectives.simcse import SimCSE
-from jaxpt.objectives.text_vectors import Texts, enclose, vector_metrics
+from jaxpt.objectives.text_vectors import Texts, enclose, text_encoder, vector_metrics
 from jaxpt.step import batch_gradient, make_eval_step, make_example
 from jaxpt.types import Batch, Example, Snapshot
 
 VOCAB = tiny_vocab()
 ENCODER = TransformerConfig(depth=1, width=16, heads=2, positions="rotary", dropout=0.1, layers="unroll")
+BLIND = dataclasses.replace(ENCODER, dropout=0.0, positions="none")
 CONFIG = SimCSE(encoder=ENCODER)
 BATCH = packed_batch(CONFIG.build(VOCAB).rows, VOCAB, length=16)
 
@@ -173,6 +175,9 @@ def test_what_cannot_be_is_refused():
         ({"texts": 2, "views": (Perturbation(), Perturbation(shuffle=True))}, "set texts=1"),
         ({"texts": 0}, "at least 1 text"),
         ({"pooling": "mean_last_two"}, "depth of at least 2"),
+        ({"pooling": "mean_last_two", "encoder": dataclasses.replace(ENCODER, depth=2)}, 'norm_placement="post"'),
+        ({"texts": 2, "hard_bias": 0.7}, "set texts=3"),
+        ({"encoder": BLIND, "views": (Perturbation(), Perturbation(shuffle=True))}, "set shuffle=False"),
         ({"masked": MaskedLM(z_loss=1e-4)}, "masked does without"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -326,7 +331,7 @@ def test_memory_is_that_of_one_chunk():
 # ------------------------------------------------------------------------------------------------ ConSERT's views
 
 VIEWS = (Perturbation(features=0.2), Perturbation(shuffle=True))
-CALM = dataclasses.replace(ENCODER, dropout=0.0, depth=2)
+CALM = dataclasses.replace(ENCODER, dropout=0.0, depth=2, norm_placement="post")
 CONSERT = SimCSE(encoder=CALM, views=VIEWS, pooling="mean_last_two", mlp="none", form="nt_xent", scale=0.3)
 
 
@@ -374,7 +379,31 @@ def test_what_the_views_do():
 
 
 def test_a_network_without_positions_does_not_notice_their_order():
-    blind = dataclasses.replace(ENCODER, dropout=0.0, positions="none")
-    config = SimCSE(encoder=blind, views=(Perturbation(), Perturbation(shuffle=True)), pooling="mean", mlp="none")
-    vectors = run(config)[1]
-    np.testing.assert_allclose(vectors[:, 0], vectors[:, 1], rtol=1e-5, atol=1e-6)
+    encoder = text_encoder(BLIND, VOCAB, "mean", mlp=False)
+    example = run(CONSERT)[0]
+    text = Texts(*(example.inputs[name][:, 0] for name in Texts._fields))
+    apply = jax.jit(lambda positions: encoder(params(), text, positions=positions))
+    vectors = [apply(example.inputs["positions"][:, view]) for view in range(2)]
+    np.testing.assert_allclose(vectors[0], vectors[1], rtol=1e-5, atol=1e-6)
+
+
+def test_the_key_of_the_masking_is_no_rows_key(monkeypatch):
+    """What is drawn for the views of row 1 has nothing to do with what is masked."""
+    keys = {}
+
+    def keep_rows(key: jax.Array, row_ids: jax.Array) -> jax.Array:
+        keys["rows"] = row_keys(key, row_ids)
+        return keys["rows"]
+
+    def keep_mask(config, vocab, texts, row_ids, key: jax.Array, step):
+        keys["mask"] = key
+        raise InterruptedError
+
+    monkeypatch.setattr(simcse, "row_keys", keep_rows)
+    monkeypatch.setattr(simcse, "mask_texts", keep_mask)
+    objective = dataclasses.replace(CONFIG, masked=MaskedLM()).build(VOCAB)
+    key = jax.random.key(0)
+    with pytest.raises(InterruptedError):
+        objective.corrupt(Snapshot({}, {}, jnp.int32(0)), jax.tree.map(jnp.asarray, BATCH), key)
+    rows, mask, given = (np.asarray(jax.random.key_data(made)) for made in (keys["rows"], keys["mask"], key))
+    assert not (rows == mask).all(-1).any() and (mask != given).any()

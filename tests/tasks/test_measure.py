@@ -57,22 +57,30 @@ def test_similarity():
     assert found["pairs"] == 4
 
 
+def test_what_there_is_nothing_of_is_left_out():
+    vectors = np.array([[1.0, 0], [0, 1]])
+    for scores in ([0.0, 0.0], [-1.0, -2.0]):
+        assert "alignment" not in similarity(vectors, vectors, vectors, np.array(scores))
+    one = similarity(vectors[:1], vectors[:1], vectors[:1], np.ones(1))
+    assert set(one) == {"spearman", "alignment", "effective_rank", "spread", "pairs"}
+    assert all(np.isfinite(value) for value in one.values())
+
+
 def plain_ranks(first: np.ndarray, second: np.ndarray, one: np.ndarray, two: np.ndarray) -> list[float]:
     unit = [vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in (first, second)]
     found = []
-    for i in range(len(first)):
-        own = unit[0][i] @ unit[1][i]
-        wrong = [unit[0][i] @ unit[1][j] for j in range(len(first)) if one[j] != one[i] and two[j] != two[i]]
-        found.append(1 + sum(each > own for each in wrong))
+    for i, own in zip(one, two, strict=True):
+        cosines = unit[1] @ unit[0][i]
+        known = {b for a, b in zip(one, two, strict=True) if a == i}
+        found.append(1 + sum(cosines[j] > cosines[own] for j in range(len(second)) if j not in known))
     return found
 
 
-@pytest.mark.parametrize("limit", [2**27, 4 * 50 * 8])  # at once, and in blocks of 8 rows of which the last is not full
+@pytest.mark.parametrize("limit", [2**27, 4 * 30 * 8, 1])  # at once, in blocks of 8 and of 1; the last is not full
 def test_ranks_of_partners_are_those_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch, limit: int):
     monkeypatch.setattr(measure, "SIMILARITY_BYTES", limit)
-    first = RNG.normal(size=(50, 6)).astype(np.float32)
-    second = (first + RNG.normal(size=first.shape)).astype(np.float32)
-    one, two = RNG.integers(0, 30, 50), RNG.integers(0, 30, 50)  # many copies
+    first, second = RNG.normal(size=(20, 6)).astype(np.float32), RNG.normal(size=(30, 6)).astype(np.float32)
+    one, two = RNG.integers(0, 20, 53), RNG.integers(0, 30, 53)  # many texts are in several pairs, some in none
     found = ranks_of_partners(*map(jnp.asarray, (first, second, one, two)))
     assert found.tolist() == plain_ranks(first, second, one, two)
 
@@ -85,11 +93,22 @@ def test_a_hundred_thousand_pairs_need_no_square():
     assert memory.temp_size_in_bytes < 2**29  # of 4e10
 
 
-def test_copies_are_no_wrong_answers():
-    vectors = np.eye(3, dtype=np.float32)[[0, 0, 1, 2]]  # the first two sources, and their targets, are the same text
-    same, apart = np.array([0, 0, 1, 2]), np.arange(4)
-    assert retrieval(vectors, vectors, same, same)["forward/recall@1"] == 1.0
-    assert retrieval(vectors, vectors, apart, apart)["forward/recall@1"] == 0.5  # or each would hide the other
+def test_partners_are_no_wrong_answers_and_a_text_is_one_answer():
+    vectors = np.eye(3, dtype=np.float32)
+    one, two = np.array([0, 0, 1]), np.array([0, 1, 1])  # (T, p), (T, X), (S, X): of T, X is right wherever it occurs
+    nearer = np.array([[0.6, 0.8, 0], [1, 0.1, 0]], np.float32)  # X is nearer to T than p is
+    found = retrieval(vectors[:2], nearer, one, two)
+    assert found["forward/mrr"] == pytest.approx((1 + 1 + 1 / 2) / 3)  # S finds p before X
+    assert found["pairs"] == 3
+    one, two = np.arange(6), np.array([0, 1, 1, 1, 1, 1])  # X is in five pairs
+    first = np.concatenate([vectors[:1], np.tile(vectors[1:2], (5, 1))])
+    assert retrieval(first, nearer, one, two)["forward/recall@5"] == 1.0
+    assert ranks_of_partners(*map(jnp.asarray, (first, nearer, one, two))).tolist()[0] == 2.0
+
+
+def test_vectors_that_are_no_numbers_find_nothing():
+    vectors, numbers = np.full((40, 3), np.nan, np.float32), np.arange(40)
+    assert retrieval(vectors, vectors, numbers, numbers)["forward/mrr"] == pytest.approx(1 / 40)
 
 
 def test_collapsed_vectors_find_nothing():
@@ -122,6 +141,8 @@ def test_a_task_has_every_text_once(tmp_path):
     (tmp_path / "b.tsv").write_text((tmp_path / "sts.tsv").read_text())
     entries = [f"sts={tmp_path / 'sts.tsv'}", f"sts={tmp_path / 'b.tsv'}", f"retrieval={tmp_path / 'pairs.tsv'}"]
     assert [task.name for task in open_tasks(entries, tokenizer, 5)] == ["sts/sts", "sts/b", "retrieval"]
+    names = ("2012.MSRpar.test.tsv", "2012.OnWN.test.tsv.gz", "v1.jsonl")
+    assert [measure._name(f"a.b/{name}") for name in names] == ["2012.MSRpar.test", "2012.OnWN.test", "v1"]
     with pytest.raises(ValueError, match="two tasks would be called 'sts/b'"):
         open_tasks(entries[1:2] * 2, tokenizer, 5)
 
@@ -129,4 +150,10 @@ def test_a_task_has_every_text_once(tmp_path):
 @pytest.mark.parametrize("entry", ["sts", "sts=", "stss=file.tsv", "=file"])
 def test_a_task_that_cannot_be(entry: str):
     with pytest.raises(ValueError, match="write sts=FILE"):
+        parse_task(entry)
+
+
+@pytest.mark.parametrize("entry", ["sts=a.tsv,", "retrieval=a,,b", "sts=,a"])
+def test_a_file_without_a_name(entry: str):
+    with pytest.raises(ValueError, match="here one has no name"):
         parse_task(entry)

@@ -36,8 +36,10 @@ def written(folder: Path, name: str, text: str) -> str:
         ),
     ],
 )
-def test_pairs_with_scores(tmp_path: Path, name: str, text: str):
+def test_pairs_with_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: str):
     found = read_scored([written(tmp_path, name, text)])
+    said = capsys.readouterr().err
+    assert ("line 1 is taken as a header: sentence1 | sentence2 | score" in said) == text.startswith("sentence1")
     assert found.first == ['A man, "here".', "Three"]
     assert found.second == ["Two", "Four"]
     assert found.scores is not None
@@ -61,6 +63,19 @@ def test_pairs(tmp_path: Path):
     for files in (aligned, [columns], [records]):
         found = read_pairs(files)
         assert (found.first, found.second) == (["One", "Two"], ["Eins", "Zwei"])
+    headed = [
+        written(tmp_path, "h.csv", "id,en,de\n1,One,Eins\n"),
+        written(tmp_path, "h.jsonl", '{"de": "Zwei", "en": "Two"}'),
+    ]
+    found = read_pairs(headed, ("en", "de"))
+    assert (found.first, found.second) == (["One", "Two"], ["Eins", "Zwei"])
+    with pytest.raises(ValueError, match="leave --columns out"):
+        read_pairs(aligned, ("en", "de"))
+
+
+def test_a_column_may_be_long(tmp_path: Path):
+    long = "y" * 140_000  # Python's own limit is 131072
+    assert read_scored([written(tmp_path, "a.csv", f"x,{long},1\n")]).second == [long]
 
 
 def test_texts(tmp_path: Path):
@@ -69,6 +84,7 @@ def test_texts(tmp_path: Path):
     assert read_texts(written(tmp_path, "a.jsonl", '{"t": "One"}\n{"t": "Two"}\n'), "t") == ["One", "Two"]
     pq.write_table(pa.table({"text": ["One", "Two"]}), tmp_path / "a.parquet")
     assert read_texts(str(tmp_path / "a.parquet")) == ["One", "Two"]
+    assert read_texts(written(tmp_path, "a.fa.gz", ">p1 of men\nMKV\nLLL\n>p2\nAA\n")) == ["MKVLLL", "AA"]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +93,11 @@ def test_texts(tmp_path: Path):
         ("a.tsv", "1\tone\n", "line 1 has 2 columns, not 3; name those of its header"),
         ("a.tsv", "one\ttwo\tx\nthree\tfour\ty\n", "neither the first nor the last"),
         ("a.csv", "one,two,1\nthree,,2\n", "line 2: a text is empty"),
-        ("a.csv", "one,two,nan\n", "nothing but a header"),
+        ("a.csv", "one,two,nan\n", "neither the first nor the last.*'one | two | nan'"),
+        ("a.tsv", "\tone\ttwo\n4\tthree\tfour\n", "neither the first nor the last"),  # a blank score, no header
+        ("a.tsv", "a\tb\tscore\n", "nothing but a header"),
+        ("a.csv", "one\ttwo\t1\n", "has 1 columns, not 3; is it separated by tabs\\? Call it .tsv"),
+        ("a.jsonl", "[" * 100_000, "line 1 is not JSON"),
         ("a.jsonl", '{"sentence1": "one"}\n', "line 1: no text or number in 'sentence2'; there is sentence1"),
         ("a.jsonl", "{\n", "line 1 is not JSON"),
         ("a.jsonl", '{"sentence1": "a", "sentence2": "b", "score": "high"}\n', "the score 'high' is no number"),
@@ -99,6 +119,13 @@ def test_what_is_wrong_with_other_files(tmp_path: Path):
         read_pairs([written(tmp_path, "a.en", "1\n2\n"), written(tmp_path, "a.de", "1\n\n")])
     with pytest.raises(ValueError, match="its first line has no column 'C': it has A, B"):
         read_scored([written(tmp_path, "a.tsv", "A\tB\n1\t2\n")], ("A", "B", "C"))
+    for name in ("a.tsv", "a.csv.gz"):
+        with pytest.raises(ValueError, match="name a text file"):
+            read_texts(written(tmp_path, name, "1\tone\n"))
+    with pytest.raises(ValueError, match="line 1: no FASTA header"):
+        read_texts(written(tmp_path, "a.fa", "MKV\n>p1\nMKV\n"))
+    with pytest.raises(ValueError, match="has 3 columns, not 2; name those of its header: --columns TEXT TEXT"):
+        read_pairs([written(tmp_path, "a.tsv", "A\tB\tC\n")])
     with pytest.raises(ValueError, match="line 2 is blank"):
         read_texts(written(tmp_path, "a.txt", "one\n\ntwo\n"))
     with pytest.raises(ValueError, match="line 1: no field 'text'"):
