@@ -256,7 +256,7 @@ def validate(config: RunConfig, *, data: bool = True) -> None:
     _check("://" not in out, f"out is {out}: a run directory must be on a local or mounted file system")
     for kind, files in map(parse_task, config.tasks):
         for file in files:
-            _check(not data or Path(file).exists(), f"tasks: there is no file {file} for {kind}")
+            _check(not data or Path(file).is_file(), f"tasks: there is no file {file} for {kind}")
     begin = 0
     for phase in resolve_phases(config):
         _check(phase.from_step >= begin, f"a phase begins at step {phase.from_step}, but one before it at {begin - 1}")
