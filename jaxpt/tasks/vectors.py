@@ -73,6 +73,7 @@ def vectors_of(
         if not before and not after and hasattr(owner, "encoder"):
             before, after = (vocab.require("cls", "text vectors"),), (vocab.require("sep", "text vectors"),)
         taken = len(before) + len(after)
+    assert embed is not None
     # what does not fit together is said now, and not when a run has been trained
     shapes, row = (
         jax.eval_shape(objective.init, jax.random.key(0)),
