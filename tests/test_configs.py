@@ -149,6 +149,17 @@ ALIKE = {
     "bart_base",
     "ul2_base",
     "gpt_bert",
+    "deberta_v3_base",
+    "electra_small",
+    "mdlm_base",
+    "clip_text",
+    "consert_base",
+    "contrastive_lm",
+    "cpc_base",
+    "declutr_base",
+    "siglip_text",
+    "simcse_supervised",
+    "tsdae_base",
 }
 
 
