@@ -8,11 +8,19 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile far more than they compute: leave out most of LLVM's work. Set before the backend starts.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 import jax
 import pytest
+
+# Tests compile far more than they compute: leave out most of the compiler's work. Set before the backend starts.
+FLAGS = [
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
+if jax.__version__.startswith("0.10."):  # half the time; later ones have no other emitters
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 
 CACHE = "JAXPT_TEST_CACHE"  # set by the first process, inherited by the workers of pytest-xdist
 MAPS = 30_000  # mapped regions beyond which a worker forgets compiled programs; Linux allows 65,530

@@ -28,11 +28,12 @@ from jaxpt.objectives.parts import check, initializer_of, specs_of, without_drop
 from jaxpt.objectives.text_vectors import (
     Texts,
     collapse_alarm,
+    document_of,
+    embedder,
     enclose,
     pair_metrics,
     pair_sums,
-    read_texts,
-    separate,
+    rows_of_texts,
     split_keys,
     text_encoder,
     text_numbers,
@@ -40,7 +41,7 @@ from jaxpt.objectives.text_vectors import (
     vector_sums,
 )
 from jaxpt.sharding import constrain_rows
-from jaxpt.types import Array, Batch, Example, Key, Objective, Out, RowSpec, Snapshot, Sums, View, Vocab
+from jaxpt.types import Array, Batch, Example, Key, Objective, Out, Snapshot, Sums, View, Vocab
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,7 @@ class ContrastiveLM:
         encoder = text_encoder(self.encoder, vocab, self.pooling, mlp=False)
 
         def corrupt(snapshot: Snapshot, batch: Batch, key: Key) -> Example:
-            made, _ = separate(batch.tokens, batch.segment_ids, batch.sentence_ids, 1, batch.tokens.shape[1])
-            whole = Texts(made.tokens[:, 0], made.segment_ids[:, 0])
+            whole = document_of(batch)
             edit_keys, pick_keys = (row_keys(jax.random.fold_in(key, i), batch.row_ids) for i in range(2))
 
             def damage(row_key: Key, tokens_L: Array, segment_ids_L: Array) -> Texts:
@@ -126,12 +126,8 @@ class ContrastiveLM:
             sides = (Texts(*(example.inputs[name][:, side] for name in Texts._fields)) for side in range(2))
             return dict(zip(("text", "positive"), (texts.view() for texts in sides), strict=True))
 
-        def embed(snapshot: Snapshot, batch: Batch, text: int) -> Array:
-            texts, _ = read_texts(batch, 1, batch.tokens.shape[1] + 2, vocab)
-            return encoder(snapshot.params, texts)[:, 0]
-
         return Objective(
-            rows=RowSpec("one_document", reserve=2),
+            rows=rows_of_texts(1),
             specs=specs_of(encoder.networks),
             init=initializer_of(encoder.networks),
             corrupt=corrupt,
@@ -140,7 +136,7 @@ class ContrastiveLM:
             couple=couple,
             summary=summary,
             views=views,
-            embed=embed,
+            embed=embedder(encoder, vocab),
         )
 
     def for_evaluation(self) -> ContrastiveLM:

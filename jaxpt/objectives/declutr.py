@@ -30,10 +30,10 @@ from jaxpt.objectives.parts import check, initializer_of, specs_of, without_drop
 from jaxpt.objectives.text_vectors import (
     Texts,
     collapse_alarm,
+    embedder,
     enclose,
     pair_metrics,
     pair_sums,
-    read_texts,
     spans,
     split_keys,
     text_encoder,
@@ -153,10 +153,6 @@ class DeCLUTR:
                 anchors = anchors._replace(targets=targets, target_positions=places, weights=weights)
             return {"anchors": anchors, "positives": Texts(*(array[:, count:] for array in texts)).view()}
 
-        def embed(snapshot: Snapshot, batch: Batch, text: int) -> Array:
-            texts, _ = read_texts(batch, 1, batch.tokens.shape[1] + 2, vocab)
-            return encoder(snapshot.params, texts)[:, 0]
-
         return Objective(
             rows=RowSpec("one_document", raw_length=lambda length: 2 * self.anchors * (length - 2)),
             specs=specs_of(networks),
@@ -167,7 +163,7 @@ class DeCLUTR:
             couple=couple,
             summary=summary,
             views=views,
-            embed=embed,
+            embed=embedder(encoder, vocab),
         )
 
     def for_evaluation(self) -> DeCLUTR:

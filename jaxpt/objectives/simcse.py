@@ -33,6 +33,7 @@ from jaxpt.objectives.text_vectors import (
     TextPooling,
     Texts,
     collapse_alarm,
+    embedder,
     pair_metrics,
     pair_sums,
     read_texts,
@@ -171,9 +172,6 @@ class SimCSE:
                 shown["masked"] = first.view()._replace(**asked, weights=example.weights["mlm"][:, 0])
             return shown
 
-        def embed(snapshot: Snapshot, batch: Batch, text: int) -> Array:
-            return encoder(snapshot.params, read_texts(batch, 1, batch.tokens.shape[1] + 2, vocab)[0])[:, 0]
-
         scale = {"contrastive": self.scale} | ({"mlm": self.masked_scale} if self.masked else {})
         return Objective(
             rows=rows_of_texts(self.texts),
@@ -185,7 +183,7 @@ class SimCSE:
             couple=couple,
             summary=summary,
             views=views,
-            embed=embed,
+            embed=embedder(encoder, vocab),
         )
 
     def for_evaluation(self) -> SimCSE:

@@ -9,6 +9,7 @@ all of vectors of length 1 (Wang & Isola 2020, arXiv:2005.10242; the rank is the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeAlias
 
 import jax
@@ -22,7 +23,7 @@ from jaxpt.models.heads import Pooling, pool, pooler
 from jaxpt.models.patterns import bidirectional
 from jaxpt.models.transformer import transformer
 from jaxpt.objectives.parts import check, check_length
-from jaxpt.types import Array, Batch, Network, Params, RowSpec, View, Vocab
+from jaxpt.types import Array, Batch, Network, Params, RowSpec, Snapshot, View, Vocab
 
 TextPooling: TypeAlias = Pooling | Literal["mean_last_two"]
 
@@ -149,6 +150,12 @@ def read_texts(batch: Batch, texts: int, length: int, vocab: Vocab) -> tuple[Tex
     return enclose(made, vocab.cls, vocab.sep, vocab.pad), cut_R
 
 
+def document_of(batch: Batch) -> Texts:
+    """Return the first document of each row, [R, L], as one text."""
+    made, _ = separate(batch.tokens, batch.segment_ids, batch.sentence_ids, 1, batch.tokens.shape[1])
+    return Texts(made.tokens[:, 0], made.segment_ids[:, 0])
+
+
 def text_numbers(tokens: Array) -> Array:
     """Return a number from 0 on, [...] i32, for tokens [..., L]: the same for the same, of 2^31 for others.
 
@@ -246,6 +253,16 @@ def text_encoder(config: TransformerConfig, vocab: Vocab, pooling: TextPooling, 
     )
     networks = {"trunk": transformer(config, vocab.size)} | ({"mlp": pooler(config)} if mlp else {})
     return TextEncoder(config, networks, pooling)
+
+
+def embedder(encoder: TextEncoder, vocab: Vocab) -> Callable[[Snapshot, Batch, int], Array]:
+    """Return ``Objective.embed`` of an encoder that reads every text of an example alike, between [CLS] and [SEP]."""
+
+    def embed(snapshot: Snapshot, batch: Batch, text: int) -> Array:
+        texts, _ = read_texts(batch, 1, batch.tokens.shape[1] + 2, vocab)
+        return encoder(snapshot.params, texts)[:, 0]
+
+    return embed
 
 
 def split_keys(keys_R: Array, number: int) -> Array:

@@ -34,15 +34,16 @@ from jaxpt.objectives.parts import check, initializer_of, specs_of, without_drop
 from jaxpt.objectives.text_vectors import (
     Texts,
     collapse_alarm,
+    document_of,
+    embedder,
     enclose,
-    read_texts,
-    separate,
+    rows_of_texts,
     split_keys,
     text_encoder,
     vector_metrics,
     vector_sums,
 )
-from jaxpt.types import Array, Batch, Example, Key, Objective, Out, Params, RowSpec, Snapshot, Sums, View, Vocab
+from jaxpt.types import Array, Batch, Example, Key, Objective, Out, Params, Snapshot, Sums, View, Vocab
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,7 @@ class TSDAE:
         networks[body] = transformer(self.encoder, vocab.size)  # all of the decoder but "cross"
 
         def corrupt(snapshot: Snapshot, batch: Batch, key: Key) -> Example:
-            made, _ = separate(batch.tokens, batch.segment_ids, batch.sentence_ids, 1, batch.tokens.shape[1])
-            whole = Texts(made.tokens[:, 0], made.segment_ids[:, 0])
+            whole = document_of(batch)
 
             def damage(row_key: Key, tokens_L: Array, segment_ids_L: Array) -> Texts:
                 kept_L = draw_words_kept(row_key, tokens_L, segment_ids_L, self.delete_ratio, vocab)
@@ -145,12 +145,8 @@ class TSDAE:
             asked = {"targets": example.inputs["targets"], "weights": example.weights["lm"]}
             return {"encoder": damaged.view(), "decoder": text._replace(**asked)}
 
-        def embed(snapshot: Snapshot, batch: Batch, text: int) -> Array:
-            texts, _ = read_texts(batch, 1, batch.tokens.shape[1] + 2, vocab)
-            return encoder(snapshot.params, texts)[:, 0]
-
         return Objective(
-            rows=RowSpec("one_document", reserve=2),
+            rows=rows_of_texts(1),
             specs=specs_of(networks),
             init=initializer_of(networks),
             corrupt=corrupt,
@@ -159,7 +155,7 @@ class TSDAE:
             couple=couple if self.gap else None,
             summary=summary,
             views=views,
-            embed=embed,
+            embed=embedder(encoder, vocab),
         )
 
     def for_evaluation(self) -> TSDAE:

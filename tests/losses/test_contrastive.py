@@ -101,7 +101,7 @@ def test_every_form_is_a_cross_entropy():
 
 def test_siglip_is_a_binary_cross_entropy_of_every_combination():
     logits = 5 * unit(A) @ unit(B).T - 2
-    want = optax.sigmoid_binary_cross_entropy(logits, np.eye(7)).sum(1)
+    want = optax.sigmoid_binary_cross_entropy(logits.astype(np.float32), np.eye(7)).sum(1)
     np.testing.assert_allclose(pairwise(A, B, scale=5.0, bias=-2.0).loss, want, rtol=1e-5)
 
 
