@@ -56,8 +56,8 @@ Every field of the configuration is a flag, down to the layers of the network:
 `jaxpt train CONFIG.py --help` lists them all with their values in that file.
 
 The run directory is --out, by default runs/<name of the config file>. It holds config.json, metrics.jsonl,
-loss.png, TensorBoard events and checkpoints. If there is an unfinished run in it, that run is resumed where its
-newest checkpoint left it; a finished one goes on only with more --steps.
+loss.png, TensorBoard events, checkpoints and the tokenizer (vocab). If there is an unfinished run in it, that run is
+resumed where its newest checkpoint left it; a finished one goes on only with more --steps.
 
 On several hosts, start the same command on each of them with --distributed. JAX finds the others on TPU pods, on
 SLURM, Kubernetes and Open MPI; elsewhere set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID.

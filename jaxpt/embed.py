@@ -11,7 +11,6 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jaxpt.data.manifest import Manifest
 from jaxpt.data.tokenizer import Tokenizer, built_tokenizer
 from jaxpt.models.heads import Pooling
 from jaxpt.tasks import Vectors, encode, make_vectors, measure_task, open_task, vectors_of
@@ -165,8 +164,9 @@ def measure_run(
 def _vectors(trained: Trained, pooling: Pooling | None) -> tuple[Vectors, Tokenizer]:
     """How a run makes vectors of texts, and its tokenizer."""
     config = trained.config.objective.for_evaluation()
-    vectors = vectors_of(config, trained.vocab, trained.phase.length, trained.mesh, pooling)
-    return vectors, built_tokenizer(Manifest.load(trained.phase.sources[0].path))
+    assert trained.phase.seq_len  # resolved
+    vectors = vectors_of(config, trained.vocab, trained.phase.seq_len, trained.mesh, pooling)
+    return vectors, built_tokenizer(trained.tokenizer)
 
 
 def _width(vectors: Vectors, trained: Trained, text: int) -> int:

@@ -20,10 +20,11 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpt import config as configuration
 from jaxpt.checkpoint import Checkpoints, Preemption
-from jaxpt.config import BUILT_IN, RunConfig, parse_source, rate_changes, resolve_phases, with_layers
+from jaxpt.config import BUILT_IN, PhaseConfig, RunConfig, parse_source, rate_changes, resolve_phases, with_layers
 from jaxpt.data.build import BuildConfig, build
+from jaxpt.data.finish import keep_vocab
 from jaxpt.data.manifest import Manifest
-from jaxpt.data.pipeline import Phase, Pipeline, Source, check_continues, held_out
+from jaxpt.data.pipeline import Phase, Pipeline, Source, check_continues, held_out, load_manifests
 from jaxpt.data.tokenizer import built_tokenizer
 from jaxpt.diagnostics import make_alignment, make_curvature, readings
 from jaxpt.evaluate import evaluate
@@ -374,6 +375,7 @@ def train(config: RunConfig) -> int:
         parts, pipeline, state, start, notes = open_run(config, old, phases, mesh, store)
         if first:
             configuration.save(config, folder / "config.json")
+            keep_vocab(Manifest.load(phases[0].sources[0].path), pipeline.vocab, folder / "vocab")
 
         # ---------------------------------------------------------------------- step, evaluation, metrics
         train_step = compiled_train_step(config, parts, mesh)
@@ -472,12 +474,13 @@ def train(config: RunConfig) -> int:
 
 
 class Trained(NamedTuple):
-    """A run's checkpoint, ready to be used."""
+    """A run's checkpoint, ready to be used without the data of the run."""
 
     config: RunConfig
     parts: Parts
+    tokenizer: Manifest  # a build without documents
     vocab: Vocab
-    phase: Phase  # that the step belongs to
+    phase: PhaseConfig  # that the step belongs to, resolved
     mesh: Mesh
     snapshot: Snapshot
 
@@ -496,16 +499,16 @@ def open_trained(run: str, step: int | None = None, known: tuple[type, ...] = ()
     """
     config = configuration.load(Path(run) / "config.json", known)
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
-    phases = open_phases(config)
+    tokenizer = Manifest.load(Path(run) / "vocab")
+    vocab = tokenizer.load_vocab()
     with jax.set_mesh(mesh), Checkpoints(Path(run) / "checkpoints") as store:
-        vocab = Pipeline(phases, RowSpec(), config.seed).vocab
         parts = make_parts(config, vocab, mesh)
         which = "latest" if step is None else step
         restored = store.restore_params(parts.abstract.params, which, averaged=parts.abstract.averaged is not None)
-        phase = [phase for phase in phases if phase.from_step < max(restored.step, 1)][-1]
+        phase = [phase for phase in resolve_phases(config) if phase.from_step < max(restored.step, 1)][-1]
         carry = parts.judge.start(restored.state, jax.random.key(config.seed)) if parts.judge.start else {}
         snapshot = Snapshot(restored.state, carry, jax.numpy.int32(restored.step))
-        yield Trained(config, parts, vocab, phase, mesh, snapshot)
+        yield Trained(config, parts, tokenizer, vocab, phase, mesh, snapshot)
 
 
 def evaluate_run(
@@ -530,12 +533,13 @@ def evaluate_run(
     Raises:
       ValueError: there is no such run or checkpoint, or the data have another tokenizer.
     """
-    with open_trained(run, step, known) as (config, parts, _, phase, mesh, snapshot):
-        sources = open_sources(data, config.vocab_size) if data else phase.sources
-        if data:  # the same tokenizer, or the numbers mean nothing
-            Pipeline([Phase(0, (*phase.sources, *sources), phase.length, 1)], RowSpec(), 0)
+    with open_trained(run, step, known) as (config, parts, tokenizer, _, phase, mesh, snapshot):
+        assert phase.data and phase.seq_len and phase.batch_size  # resolved
+        sources = open_sources(data or phase.data, config.vocab_size)
+        # the same tokenizer, or the numbers mean nothing
+        load_manifests([str(tokenizer.path), *(source.path for source in sources)], RowSpec())
         size = phase.batch_size if batch_size is None else batch_size
         check_rows(size, 1, mesh)
-        batches = held_out_batches(sources, parts.judge.rows, phase.length, size, rows, mesh)
+        batches = held_out_batches(sources, parts.judge.rows, phase.seq_len, size, rows, mesh)
         eval_step = jax.jit(make_eval_step(parts.judge, seed=config.seed), out_shardings=NamedSharding(mesh, P()))
         return {"step": int(snapshot.step), **evaluate(parts.judge, eval_step, *snapshot, batches)}

@@ -101,7 +101,8 @@ class StopAt:
 
 
 def test_a_run_directory_holds_what_it_should(finished: Path):
-    assert {path.name for path in finished.iterdir()} >= {"config.json", "metrics.jsonl", "checkpoints", "loss.png"}
+    there = {path.name for path in finished.iterdir()}
+    assert there >= {"config.json", "vocab", "metrics.jsonl", "checkpoints", "loss.png"}
     assert any((finished / "tensorboard").iterdir())
     training = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     first, evaluation = training[0], next(line for line in training if "eval/loss" in line)

@@ -1,11 +1,13 @@
-"""The end of a build: shards from the encoded parts, and everything that the manifest names."""
+"""The end of a build: shards from the encoded parts, and everything that the manifest names; or its tokenizer alone."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import io
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from jaxpt.data.files import Piece
 from jaxpt.data.jobs import run
 from jaxpt.data.manifest import Manifest, Shard, Split, is_local, write_atomically
 from jaxpt.data.tokenizer import Tokenizer
+from jaxpt.types import Vocab
 
 KEY = "build.json"  # what a build was made from
 _HASHES = 1 << 26  # hashes that are sorted at once to count duplicates
@@ -134,6 +137,25 @@ def write_rest(
         },
         skipped=problems,
     )
+
+
+def keep_vocab(manifest: Manifest, vocab: Vocab, folder: str | os.PathLike[str]) -> None:
+    """Write a build that has a tokenizer and no documents: what it takes to use a model without its data.
+
+    Args:
+      manifest: of a build with the tokenizer.
+      vocab: of the model, whose unigram counts may be those of several builds.
+      folder: where.
+    """
+    out = epath.Path(os.fspath(folder))
+    for name in (manifest.tokenizer["file"], manifest.vocab_arrays["file"]):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / name, (manifest.path / name).read_bytes())
+    counts = _npy(vocab.unigram_counts)
+    unigram = {"file": manifest.unigram["file"], "sha256": hashlib.sha256(counts).hexdigest()}
+    write_atomically(out / unigram["file"], counts)
+    nothing: dict[str, Any] = {name: {} for name in ("splits", "extras", "texts", "provenance", "skipped")}
+    dataclasses.replace(manifest, path=out, unigram=unigram, **nothing).save()
 
 
 def _npy(array: np.ndarray) -> bytes:

@@ -76,7 +76,7 @@ class Pipeline:
             raise ValueError(f"the data seed is {seed}: choose one from 0 to 2**64 - 1")
         self._phases, self._rows, self._seed, self._split = tuple(phases), rows, seed, split
         paths = [source.path for phase in phases for source in phase.sources]
-        self._manifests = _load_manifests(paths, rows)
+        self._manifests = load_manifests(paths, rows)
         self._mixtures = [Mixture([source.weight for source in phase.sources]) for phase in phases]
         self.vocab: Vocab = _load_vocab([self._manifests[source.path] for source in phases[0].sources])
         self.tokenizer: str = self._manifests[paths[0]].tokenizer["sha256"]
@@ -236,7 +236,7 @@ def held_out(
         raise ValueError(f"{limit_rows} held-out rows measure nothing: ask for at least 1, or None for all")
     if rows.kinds:
         raise ValueError("held-out rows are of one kind: for_evaluation() must give an objective without RowSpec.kinds")
-    manifests = _load_manifests([source.path for source in sources], rows)
+    manifests = load_manifests([source.path for source in sources], rows)
     readers = open_readers([manifests[source.path] for source in sources], split, rows, length, None)
     ends = [0]
     for reader in readers:
@@ -287,8 +287,12 @@ def _check_stream(phases: Sequence[Phase], rows: RowSpec) -> None:
             )
 
 
-def _load_manifests(paths: Sequence[str], rows: RowSpec) -> dict[str, Manifest]:
-    """The manifests by path; they must share their tokenizer and have the fields that the objective reads."""
+def load_manifests(paths: Sequence[str], rows: RowSpec) -> dict[str, Manifest]:
+    """Return the manifests by path.
+
+    Raises:
+      ValueError: they do not share their tokenizer, or lack what the objective reads.
+    """
     manifests = {path: Manifest.load(path) for path in dict.fromkeys(paths)}
     first = manifests[paths[0]]
     for path, manifest in manifests.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -212,6 +213,33 @@ def test_embed_writes_the_vectors_in_order(run: Path, capsys):
     assert command("embed", run / "run", "--input", run / "lines.jsonl", "--field", "t", "--pooling", "first") == 0
     assert abs(np.load(run / "lines.jsonl.npy")[::-1] - made).max() > 0.01
     assert not list(run.glob("*.part"))
+
+
+def test_the_data_of_a_run_are_not_needed_afterwards(run: Path, tmp_path: Path, capsys):
+    (tmp_path / "lines.txt").write_text("The cat sees the dog.\nThe owl.\n")
+    ask = ("--input", tmp_path / "lines.txt", "--output")
+    assert command("embed", run / "run", *ask, tmp_path / "a.npy") == 0
+    other = str(tmp_path / "other")
+    text = (str(run / "text.txt"),)
+    (tmp_path / "vocab.txt").write_text("\n".join(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "owl")))
+    build(BuildConfig(other, text, document="line", tokenizer=str(tmp_path / "vocab.txt"), workers=1))
+    data, moved = run / "data", tmp_path / "moved"
+    data.rename(moved)
+    try:
+        shutil.copytree(run / "run", tmp_path / "run")
+        assert command("embed", tmp_path / "run", *ask, tmp_path / "b.npy") == 0
+        assert (np.load(tmp_path / "a.npy") == np.load(tmp_path / "b.npy")).all()
+        capsys.readouterr()
+        assert command("evaluate", tmp_path / "run", "--rows", 8, "--data", moved, "--json") == 0
+        assert json.loads(capsys.readouterr().out)["loss"] > 0
+        assert command("evaluate", tmp_path / "run") == 2
+        assert f"{data} holds no finished data build" in capsys.readouterr().err.replace("\n", " ")
+        assert command("evaluate", tmp_path / "run", "--data", other) == 2
+        assert "were built with different tokenizers" in capsys.readouterr().err
+        with pytest.raises(ValueError, match="has no documents"):
+            train(RunConfig(SimCSE(encoder=NETWORK), (str(run / "run" / "vocab"),), out=str(tmp_path / "new")))
+    finally:
+        moved.rename(data)
 
 
 @pytest.mark.parametrize(
