@@ -116,6 +116,18 @@ def test_the_terminal_shows_what_is_read_and_what_is_predicted_below_it():
     assert printed(masked()) == GOLDEN
 
 
+def test_positions_are_shown_where_they_do_not_count_up(tmp_path: Path):
+    def with_positions(*positions: int) -> Look:
+        row = view("abcx", "1112")._replace(positions=np.array(positions, np.int32))
+        return Look("GLM", "a row", reading_of("the row", row, row, TOKENIZER, {}), ())
+
+    moved = with_positions(7, 0, 12, 3)
+    assert "    0 tokens   a b c\n      position 7 0 12\n" in printed(moved)
+    write_page(moved, tmp_path / "look.html")
+    assert '<b>c</b><span class="n">12</span>' in (tmp_path / "look.html").read_text()
+    assert "position" not in printed(with_positions(7, 8, 9, 0)) + GOLDEN
+
+
 def test_lines_wrap_to_the_width_and_keep_what_stands_below():
     lines = printed(masked(), width=31).splitlines()
     assert "    3 reads    z   [SEP]" in lines

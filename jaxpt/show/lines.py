@@ -7,13 +7,14 @@ from typing import NamedTuple
 
 from rich.cells import cell_len
 
-from jaxpt.show.reading import Place
+from jaxpt.show.reading import Place, Reading
 
 
 class Cell(NamedTuple):
-    """One place: its token, and under it, where there are any, what is predicted, its weight, and what was there."""
+    """One place: its token, and under it, where there are any, its position, what is predicted, and so on."""
 
     place: Place
+    position: str
     predicts: str
     weight: str
     was: str
@@ -24,14 +25,14 @@ class Cell(NamedTuple):
         return max(map(cell_len, (self.place.text, *self[1:])))
 
 
-def cells_of(places: Sequence[Place], weighed: bool) -> list[Cell]:
-    """The cells of some places, with their weights if ``weighed``, and the old token where it is not predicted."""
-    cells = []
+def cells_of(places: Sequence[Place], reading: Reading) -> list[Cell]:
+    """The cells of some places: positions and weights where they say something, the old token if not predicted."""
+    cells, weighed, moved = [], reading.weighed, reading.moved
     for place in places:
         texts = [target.text for target in place.targets]
         weight = " ".join(f"{target.weight:.3g}" for target in place.targets) if weighed else ""
         was = place.was if place.was is not None and place.was not in texts else ""
-        cells.append(Cell(place, " ".join(texts), weight, was))
+        cells.append(Cell(place, str(place.position) if moved else "", " ".join(texts), weight, was))
     return cells
 
 

@@ -23,7 +23,7 @@ h3, p { font-weight: normal; margin: .6em 0 .3em; }
 .t b { font-weight: normal; background: #f1f5fa; border-radius: 3px; }
 .t.special b { background: #e3e7ec; } .t.changed b { background: #ffd45e; }
 .t.unseen { opacity: .3; } .t.here b { outline: 2px solid #2f6db3; }
-.p { color: #0b7a3e; } .w { color: #7b8794; } .o { color: #a02c7d; }
+.n { color: #2f6db3; } .p { color: #0b7a3e; } .w { color: #7b8794; } .o { color: #a02c7d; }
 figure { display: inline-block; margin: .5em 1.5em .5em 0; vertical-align: top; }
 figcaption { color: #7b8794; font-size: .85em; }
 canvas { border: 1px solid #7b8794; image-rendering: pixelated; cursor: crosshair; }
@@ -95,8 +95,8 @@ def write_page(look: Look, path: str | os.PathLike[str]) -> None:
 <head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>
 <body>
 <h1>{title}</h1>
-<p>Yellow: not as in the row. <span class="p">Green: predicted there.</span> Hover over a token: its id, position and
-weight, and what it sees.</p>
+<p>Yellow: not as in the row. <span class="n">Blue: positions that do not count up.</span> <span class="p">Green:
+predicted there.</span> Hover over a token: its id, position and weight, and what it sees.</p>
 {sections}
 {more}
 <div id="tip"></div>
@@ -110,7 +110,7 @@ weight, and what it sees.</p>
 def _section(reading: Reading) -> str:
     documents = "".join(
         f"<h3>{escape(heading_of(document))}</h3>"
-        f'<div class="text">{"".join(map(_token, cells_of(document, reading.weighed)))}</div>'
+        f'<div class="text">{"".join(map(_token, cells_of(document, reading)))}</div>'
         for document in reading.documents
     )
     figures = "".join(
@@ -133,7 +133,7 @@ def _token(cell: Cell) -> str:
     kinds = "t" + " special" * place.special + " changed" * place.changed
     under = "".join(
         f'<span class="{kind}">{escape(text)}</span>'
-        for kind, text in (("p", cell.predicts), ("w", cell.weight), ("o", cell.was))
+        for kind, text in (("n", cell.position), ("p", cell.predicts), ("w", cell.weight), ("o", cell.was))
         if text
     )
     return f'<span class="{kinds}" title="{escape(_told(place))}"><b>{escape(place.text)}</b>{under}</span>'

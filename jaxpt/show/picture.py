@@ -30,8 +30,8 @@ GUTTER = 6  # columns before a line: the place of its first token
 LABEL = 16  # columns of a token at an axis
 LABELLED = 64  # places up to which the axes of attention carry tokens
 DPI = 110
-INK, FAINT, TARGET, CHANGED, SPECIAL, TOKEN, WAS = (
-    "#1b2733", "#7b8794", "#0b7a3e", "#ffd45e", "#e3e7ec", "#f1f5fa", "#a02c7d",
+INK, FAINT, POSITION, TARGET, CHANGED, SPECIAL, TOKEN, WAS = (
+    "#1b2733", "#7b8794", "#2f6db3", "#0b7a3e", "#ffd45e", "#e3e7ec", "#f1f5fa", "#a02c7d",
 )  # fmt: skip
 ATTENTION = ListedColormap(["#f4f6f9", "#2f6db3"])
 # Monospaced first; then what is there for scripts that it lacks.
@@ -83,10 +83,11 @@ def _axes(figure: Figure, left: float, bottom: float, width: float, height: floa
 
 def _legend(look: Look) -> list[tuple[str, str]]:
     """What the colours mean that occur."""
-    cells = [cell for reading in look.sequences for cell in cells_of(reading.places, reading.weighed)]
+    cells = [cell for reading in look.sequences for cell in cells_of(reading.places, reading)]
     occurs = {
         ("reads", INK): True,
         ("not as in the row", CHANGED): any(cell.place.changed for cell in cells),
+        ("position", POSITION): any(cell.position for cell in cells),
         ("predicts", TARGET): any(cell.predicts for cell in cells),
         ("loss weight", FAINT): any(cell.weight for cell in cells),
         ("what was there", WAS): any(cell.was for cell in cells),
@@ -119,7 +120,7 @@ def _tokens(reading: Reading) -> Block:
     for document in reading.documents:
         rows.append((heading_of(document), ()))
         if document[0].document:
-            rows += [("", line) for line in lines_of(cells_of(document, reading.weighed), COLUMNS)]
+            rows += [("", line) for line in lines_of(cells_of(document, reading), COLUMNS)]
     left_out = sum(len(line) for _, line in rows[LINES:])
     rows = rows[:LINES]
     if left_out:
@@ -145,7 +146,7 @@ def _tokens(reading: Reading) -> Block:
 
 def _below(line: Sequence[Cell]) -> list[tuple[str, str]]:
     """What stands under a line of tokens, and in which colour."""
-    colors = {"predicts": TARGET, "weight": FAINT, "was": WAS}
+    colors = {"position": POSITION, "predicts": TARGET, "weight": FAINT, "was": WAS}
     return [(name, color) for name, color in colors.items() if any(getattr(cell, name) for cell in line)]
 
 

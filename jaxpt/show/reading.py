@@ -86,6 +86,12 @@ class Reading:
         return any(target.weight != 1 for place in self.places for target in place.targets)
 
     @property
+    def moved(self) -> bool:
+        """Whether positions do not count a document's tokens one by one, so that they say something."""
+        pairs = (pair for document in self.documents if document[0].document for pair in pairwise(document))
+        return any(after.position != before.position + 1 for before, after in pairs)
+
+    @property
     def summary(self) -> str:
         """What is read and predicted, in a line."""
         tokens = sum(place.document > 0 for place in self.places)

@@ -15,7 +15,7 @@ from jaxpt.show.reading import Panel, Place, Reading
 
 GUTTER = 15  # columns: the first place of a line, and what the line says
 SQUARE = 40  # places up to which attention is drawn
-STYLES = {"predicts": "green", "weight": "dim", "was": "magenta"}
+STYLES = {"position": "cyan", "predicts": "green", "weight": "dim", "was": "magenta"}
 
 
 def print_look(look: Look, console: Console) -> None:
@@ -50,7 +50,7 @@ class _Printer:
             self.line(Text(rule + "-" * max(0, min(self.console.width, 100) - len(rule)), "cyan"))
             if not document[0].document:
                 continue  # padding says nothing
-            for cells in lines_of(cells_of(document, reading.weighed), self.console.width - GUTTER):
+            for cells in lines_of(cells_of(document, reading), self.console.width - GUTTER):
                 self.cells(cells, label)
         for panel in reading.panels:
             self.panel(panel, reading)
@@ -58,7 +58,7 @@ class _Printer:
     def cells(self, cells: Sequence[Cell], label: str) -> None:
         """One line of tokens and what stands under them."""
         self.row(f"{cells[0].place.index:>5} {label}", cells, [(c.place.text, _style(c.place)) for c in cells])
-        for name in ("predicts", "weight", "was"):
+        for name in STYLES:
             texts = [getattr(cell, name) for cell in cells]
             if any(texts):
                 self.row(f"      {name}", cells, [(text, STYLES[name]) for text in texts])
