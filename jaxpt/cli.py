@@ -127,7 +127,8 @@ examples:
   jaxpt data build data/books --input books/ --vocab-size 32000
   jaxpt data build data/news --input news.jsonl.zst --field text --tokenizer tokenizer.json
   jaxpt data build data/pairs --input pairs.jsonl --fields source target --text-tokens 400 100
-  jaxpt data build data/nli --input nli.jsonl --fields anchor positives negatives --lists each --negatives 1
+  jaxpt data build data/nli --input nli.csv --fields sent0 sent1 hard_neg
+  jaxpt data build data/search --input search.jsonl --fields anchor positives negatives --lists each --negatives 1
   jaxpt data build data/prose --corpus prose --vocab-size 8192
 """
 
@@ -140,11 +141,11 @@ class EmbedArgs:
     """
 
     input: str
-    """A text per line, per record of JSON lines or FASTA, or per row of Parquet; also .gz .xz .zst .bz2."""
+    """A text per line, per record of JSON lines or FASTA, or per row of CSV, TSV or Parquet; also .gz .xz .zst .bz2."""
     output: str | None = None
     """The .npy file; INPUT.npy by default."""
     field: str = "text"
-    """Field of JSON lines or column of Parquet that holds the text."""
+    """Field of JSON lines, or column of a table or Parquet, that holds the text."""
     text: int = 0
     """0 or 1: are these first or second texts of an example, where different networks read the two?"""
     pooling: Literal["first", "mean", "last"] | None = None

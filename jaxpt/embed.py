@@ -54,9 +54,9 @@ def embed_run(
 
     Args:
       run: the run directory.
-      file: a text per line, per record of JSON lines or FASTA, or per row of Parquet.
+      file: a text per line, per record of JSON lines or FASTA, or per row of a table or Parquet.
       output: the .npy file, which is written while they are made and is there when it is whole.
-      field: of JSON lines and Parquet.
+      field: of JSON lines, or the column of a table or Parquet.
       text: for which of the texts of an example they stand, where those are read by different networks.
       pooling: another one than the objective's.
       normalize: make every vector as long as 1.

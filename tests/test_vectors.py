@@ -161,7 +161,7 @@ def test_embed_leaves_no_part_behind(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (("embed", "run", "--input", "in.txt", "--output", "folder.npy"), "is a folder: name a file"),
         (("embed", "run", "--input", "in.txt", "--text", "2"), "--text is 0 or 1"),
         (("embed", "run", "--input", "in.txt", "--batch-size", "0"), "at least 1, not 0"),
-        (("embed", "run", "--input", "in.tsv"), "name a text file"),
+        (("embed", "run", "--input", "in.tsv"), "no field 'text' (there is 'id', 'said'; choose with --field"),
         (
             ("evaluate", "run", "--task", "retrieval", "--data", "a.tsv", "--columns", "a", "b", "c"),
             "two of --task retr",
@@ -175,7 +175,7 @@ def test_mistakes_are_told_before_a_run_is_opened(
     monkeypatch.setattr(embed, "open_trained", lambda *_: pytest.fail("the run was opened"))
     monkeypatch.chdir(tmp_path)
     Path("in.txt").write_text("a\n")
-    Path("in.tsv").write_text("1\ta\n")
+    Path("in.tsv").write_text("id\tsaid\n1\ta\n")
     Path("folder.npy").mkdir()
     assert cli.main(list(args)) == 2
     assert message in capsys.readouterr().err

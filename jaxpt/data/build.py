@@ -25,7 +25,7 @@ from etils import epath
 from jaxpt.data import manifest as manifests
 from jaxpt.data import parts
 from jaxpt.data.corpus import Corpus, corpus_pieces
-from jaxpt.data.files import Format, Piece, Unit, list_aligned, list_inputs
+from jaxpt.data.files import TABLES, Format, Piece, Unit, list_aligned, list_inputs
 from jaxpt.data.finish import KEY, part_arrays, write_rest, write_shards
 from jaxpt.data.jobs import run, say
 from jaxpt.data.manifest import Manifest, Split, is_local, write_atomically
@@ -47,13 +47,14 @@ class BuildConfig:
     out: str
     """Folder for the build: local, or of an object store (gs://, s3://)."""
     input: tuple[str, ...] = ()
-    """Files, directories or patterns: plain text, JSON lines, Parquet, FASTA; also .gz .xz .zst .bz2."""
+    """Files, directories or patterns: plain text, JSON lines, CSV, TSV, Parquet, FASTA; also .gz .xz .zst .bz2."""
     corpus: Corpus | None = None
     """Instead of input: `prose` (English documentation) or `code` of the installed Python; no download."""
     format: Format = "auto"
-    """Format of all inputs; `auto` goes by their names (.jsonl .ndjson .json, .parquet, .fasta .fa, else text)."""
+    """Format of all inputs; `auto` goes by their names (.jsonl .ndjson .json, .csv, .tsv, .parquet, .fasta .fa; else
+    text)."""
     field: str = "text"
-    """Field of JSON lines or column of Parquet that holds the text or a list of sentences; dots descend."""
+    """Field of JSON lines, or column of a table or Parquet, with the text or a list of sentences; dots descend."""
     fields: tuple[str, ...] = ()
     """Instead of field, those of the texts of an example: `--fields source target` builds pairs."""
     lists: Literal["join", "each"] = "join"
@@ -229,9 +230,11 @@ def _check_texts(config: BuildConfig) -> None:
 
 
 def _check_formats(config: BuildConfig, pieces: Sequence[Piece]) -> None:
-    wrong = next((piece for piece in pieces if piece.format not in ("jsonl", "parquet")), None)
+    wrong = next((piece for piece in pieces if piece.format not in ("jsonl", "parquet", *TABLES)), None)
     if config.fields and wrong:
-        raise ValueError(f"--fields reads JSON lines and Parquet, and {wrong.name} is {wrong.format}: see --format")
+        raise ValueError(
+            f"--fields reads JSON lines, CSV, TSV and Parquet, and {wrong.name} is {wrong.format}: see --format"
+        )
 
 
 def _texts(config: BuildConfig, results: Sequence[dict[str, Any]]) -> dict[str, int]:

@@ -16,7 +16,7 @@ from typing import IO, Any, Literal, NamedTuple
 import zstandard
 from etils import epath
 
-Format = Literal["auto", "text", "jsonl", "parquet", "fasta"]  # "auto" goes by the file's name
+Format = Literal["auto", "text", "jsonl", "csv", "tsv", "parquet", "fasta"]  # "auto" goes by the file's name
 Unit = Literal["file", "paragraph", "line"]
 
 DAMAGE = (EOFError, OSError, lzma.LZMAError, zlib.error, zstandard.ZstdError)  # what a broken archive raises
@@ -24,8 +24,12 @@ _COMPRESSED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": Non
 _FORMATS: dict[str, Format] = {
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
     **dict.fromkeys((".fasta", ".fa", ".faa", ".fna"), "fasta"),
+    ".csv": "csv",
+    ".tsv": "tsv",
     ".parquet": "parquet",
 }
+
+TABLES = ("csv", "tsv")  # whose first line names the columns
 
 
 class Piece(NamedTuple):
@@ -122,7 +126,7 @@ def split_piece(piece: Piece, unit: Unit, size: int) -> list[Piece]:
     """Cut a large file into pieces of about `size` bytes, where its format allows to begin in the middle."""
     if piece.format == "parquet":
         return _split_parquet(piece, size)
-    whole = bool(piece.beside) or (piece.format == "text" and unit == "file")
+    whole = bool(piece.beside) or piece.format in TABLES or (piece.format == "text" and unit == "file")
     if whole or compressed(piece.name) or piece.size < 2 * size:
         return [piece]
     starts = list(range(0, piece.size - size // 2, size))

@@ -5,18 +5,20 @@ A piece is read in one pass and in bounded memory, and yields documents and prob
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from itertools import product, zip_longest
 from typing import IO, Any, NamedTuple
 
 from etils import epath
 
-from jaxpt.data.files import DAMAGE, Piece, Unit, open_piece
+from jaxpt.data.files import DAMAGE, TABLES, Format, Piece, Unit, open_piece
 from jaxpt.data.sentences import Document, Texts, join_sentences
 
 LONGEST = 64 << 20  # bytes of a document read from a text file; a longer file is cut at line ends
+LONGEST_COLUMN = 2**31 - 1  # characters, of .csv; Python's own limit is 131072
 
 
 class Problem(NamedTuple):
@@ -55,8 +57,8 @@ def read_piece(
 
     Args:
       piece: what to read.
-      field: the field of JSON lines or the column of Parquet; dots descend ("meta.body"). A list of strings is
-        taken as the sentences of the document. ``Fields`` are the texts of examples.
+      field: the field of JSON lines, or the column of a table or of Parquet; dots descend ("meta.body"). A
+        list of strings is taken as the sentences of the document. ``Fields`` are the texts of examples.
       unit: what a document of a plain text file is.
       progress: told the number of stored bytes as they are read.
 
@@ -84,6 +86,8 @@ def _read_stream(piece: Piece, field: Field, unit: Unit, progress: Callable[[int
     with open_piece(piece, progress) as stream:
         if piece.format == "text" and unit == "file":
             yield from _read_files(stream)
+        elif piece.format in TABLES:
+            yield from _read_table(stream, piece, field)
         else:
             yield from _read_lines(stream, piece, field, unit)
 
@@ -134,7 +138,7 @@ def check(document: Document, where: str) -> Document | Problem:
     return document
 
 
-# --------------------------------------------------------- lines: JSON lines, FASTA, paragraphs, lines
+# ------------------------------------------------- lines: JSON lines, tables, FASTA, paragraphs, lines
 
 
 def _read_lines(stream: IO[bytes], piece: Piece, field: Field, unit: Unit) -> Iterator[Item]:
@@ -212,6 +216,56 @@ def _blocks(lines: Iterator[tuple[str, int, bytes]], fasta: bool) -> Iterator[Do
                 where, start = at, position
             block.append(line)
     yield from finish()
+
+
+def columns_of(lines: Iterable[str], format: Format) -> Iterator[tuple[str, list[str]]]:
+    """Yield where each row of a table ends, and its columns.
+
+    Args:
+      lines: with their ends.
+      format: "csv", where a quoted column may hold line ends, or "tsv", where quotes mean nothing.
+
+    Raises:
+      csv.Error: what cannot be CSV.
+
+    >>> list(columns_of(['one,"two, three"'], "csv"))
+    [('line 1', ['one', 'two, three'])]
+    """
+    if format == "tsv":
+        for number, line in enumerate(lines, 1):
+            yield f"line {number}", line.removesuffix("\n").removesuffix("\r").split("\t")
+        return
+    csv.field_size_limit(LONGEST_COLUMN)
+    reader = csv.reader(lines)
+    for values in reader:
+        yield f"line {reader.line_num}", values
+
+
+def _read_table(stream: IO[bytes], piece: Piece, field: Field) -> Iterator[Item]:
+    """The rows below a line of names."""
+    # what is not UTF-8 becomes what ``check`` refuses, with its row
+    lines = (line.decode("utf-8" if n else "utf-8-sig", "surrogateescape") for n, line in enumerate(stream))
+    names: list[str] = []
+    where, below = "the start", False
+    try:
+        for where, values in columns_of(lines, piece.format):
+            if not any(value.strip() for value in values):
+                continue
+            if not names:
+                names = values
+                continue
+            below = True
+            if len(values) == len(names):
+                yield from _from_record(dict(zip(names, values, strict=True)), field, where)
+            else:
+                told = f"{len(values)}, and the first line names {len(names)}"
+                yield Problem(where, "another number of columns", told)
+        if names and not below:
+            yield Problem(where, "no row below the names of the columns", ", ".join(names))
+    except csv.Error as error:
+        yield Problem(f"after {where}", "not CSV", str(error))
+    except DAMAGE as error:
+        yield Problem(f"after {where}", "truncated or damaged archive", str(error))
 
 
 def _json_documents(line: bytes, position: int, where: str, field: Field) -> list[Item]:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxpt.data.files import DAMAGE, Piece, compressed, list_inputs, open_piece
-from jaxpt.data.text import Document, Problem, read_piece
+from jaxpt.data.files import DAMAGE, TABLES, Piece, format_of, list_inputs, open_piece
+from jaxpt.data.text import Document, Problem, columns_of, read_piece
 
 
 class Pairs(NamedTuple):
@@ -26,17 +24,14 @@ class Pairs(NamedTuple):
 
 FIELDS = {2: ("source", "target"), 3: ("sentence1", "sentence2", "score")}  # of JSON lines
 COLUMNS = {2: "--columns TEXT TEXT", 3: "--columns TEXT TEXT SCORE"}  # as they are asked for
-LONGEST_COLUMN = 2**31 - 1  # characters, of .csv; Python's own limit is 131072
 
 
 def read_texts(file: str, field: str = "text") -> list[str]:
-    """Return one text per line of a text file, per record of JSON lines or FASTA, or per row of Parquet.
+    """Return one text per line of a text file, per record of JSON lines or FASTA, or per row of a table or Parquet.
 
     Raises:
       ValueError: something is no text; a blank line is none, since vectors and lines would no longer agree.
     """
-    if _kind(file) in ("csv", "tsv"):
-        raise ValueError(f"{file}: which column holds the texts is not known: name a text file, JSON lines or Parquet")
     (piece,) = _one_file(file)
     if piece.format == "text":
         texts = list(_lines(piece))
@@ -65,7 +60,7 @@ def read_pairs(files: Sequence[str], columns: Sequence[str] = ()) -> Pairs:
     Raises:
       ValueError: a line is no pair.
     """
-    kinds = {_kind(file) for file in files}
+    kinds = {format_of(file) for file in files}
     if kinds == {"text"} and len(files) == 2:
         if columns:
             raise ValueError(f"{files[0]} and {files[1]} are line-aligned and have no columns: leave --columns out")
@@ -96,7 +91,7 @@ def read_scored(files: Sequence[str], columns: Sequence[str] = ()) -> Pairs:
         records = list(_records(file, columns or None, 3))
         if not records:
             raise ValueError(f"{file} holds no pair")
-        if not columns and _kind(file) != "jsonl":
+        if not columns and format_of(file) != "jsonl":
             records = _scores_last(records, file)
         for where, (_, _, score) in records:
             if _number(score) is None:
@@ -158,13 +153,6 @@ def _one_file(file: str) -> list[Piece]:
     return pieces
 
 
-def _kind(file: str) -> str:
-    """ "csv", "tsv", "jsonl" or "text"."""
-    path = Path(file.lower())
-    suffix = Path(path.stem).suffix if compressed(file) else path.suffix
-    return {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl"}.get(suffix, "text")
-
-
 def _lines(piece: Piece) -> Iterator[str]:
     number = 0
     try:
@@ -179,17 +167,17 @@ def _lines(piece: Piece) -> Iterator[str]:
 
 def _records(file: str, columns: Sequence[str] | None, count: int) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Where each record stands, and its values as text."""
-    kind, (piece,) = _kind(file), _one_file(file)
+    kind, (piece,) = format_of(file), _one_file(file)
     if kind == "jsonl":
         for number, line in enumerate(_lines(piece), 1):
             if line.strip():
                 yield f"line {number}", _of_json(line, columns or FIELDS[count], f"{file}: line {number}")
         return
-    if kind == "text":
+    if kind not in TABLES:
         raise ValueError(f"{file}: what it holds is told by its name: .tsv, .csv or .jsonl (and .gz, .xz, .bz2, .zst)")
     wanted: list[int] | None = None
     try:
-        for where, values in _tabbed(piece) if kind == "tsv" else _comma_separated(piece):
+        for where, values in columns_of((line + "\n" for line in _lines(piece)), kind):
             if not any(value.strip() for value in values):
                 continue
             if columns and wanted is None:
@@ -213,19 +201,6 @@ def _records(file: str, columns: Sequence[str] | None, count: int) -> Iterator[t
 def _tabs(kind: str, values: Sequence[str]) -> str:
     """A hint, where what is called .csv holds tabs."""
     return "; is it separated by tabs? Call it .tsv" if kind == "csv" and any("\t" in each for each in values) else ""
-
-
-def _tabbed(piece: Piece) -> Iterator[tuple[str, list[str]]]:
-    """Lines of columns with tabs between them; quotes mean nothing."""
-    for number, line in enumerate(_lines(piece), 1):
-        yield f"line {number}", line.split("\t")
-
-
-def _comma_separated(piece: Piece) -> Iterator[tuple[str, list[str]]]:
-    csv.field_size_limit(LONGEST_COLUMN)
-    reader = csv.reader(io.StringIO("\n".join(_lines(piece)), newline=""))  # a quoted column may hold line ends
-    for values in reader:
-        yield f"line {reader.line_num}", values
 
 
 def _of_json(line: str, fields: Sequence[str], where: str) -> tuple[str, ...]:

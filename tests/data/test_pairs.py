@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import lzma
 from pathlib import Path
@@ -48,7 +49,7 @@ def texts_of(manifest: Manifest, split: str = "train") -> list[tuple[str, ...]]:
     return sorted(found)
 
 
-@pytest.mark.parametrize("kind", ["json lines", "parquet", "aligned", "aligned and compressed"])
+@pytest.mark.parametrize("kind", ["json lines", "parquet", "csv", "tsv", "aligned", "aligned and compressed"])
 def test_every_pair_arrives_as_source_and_target(tmp_path: Path, kind: str):
     if kind == "json lines":
         records = [{"meta": {"en": source}, "de": target} for source, target in PAIRS]
@@ -57,6 +58,14 @@ def test_every_pair_arrives_as_source_and_target(tmp_path: Path, kind: str):
         sources, targets = zip(*PAIRS, strict=True)
         pq.write_table(pa.table({"en": sources, "de": [t.encode() for t in targets]}), tmp_path / "pairs.parquet")
         manifest = built(tmp_path, input=(str(tmp_path / "pairs.parquet"),), fields=("en", "de"))
+    elif kind in ("csv", "tsv"):
+        with (tmp_path / f"pairs.{kind}").open("w", newline="", encoding="utf-8-sig") as file:
+            rows = [("id", "de", "en"), *((str(n), target, source) for n, (source, target) in enumerate(PAIRS))]
+            if kind == "csv":
+                csv.writer(file).writerows(rows)
+            else:
+                file.writelines("\t".join(row) + "\r\n" for row in rows)
+        manifest = built(tmp_path, input=(str(tmp_path / f"pairs.{kind}"),), fields=("en", "de"))
     else:
         suffix, write = (".xz", lzma.open) if "compressed" in kind else ("", open)
         for side, name in enumerate(("text.en", "text.de")):
@@ -81,6 +90,20 @@ def test_what_is_wrong_with_an_example_is_counted(tmp_path: Path):
     assert reasons == {"no field 'target'": 1, "empty document": 1, "field 'target' is not text": 1}
     with pytest.raises(ValueError, match="no field 'target'"):
         built(tmp_path / "strict", input=json_lines(tmp_path, records), fields=("source", "target"), strict=True)
+
+
+def test_what_is_wrong_with_a_table_is_counted_and_the_rest_is_read(tmp_path: Path):
+    rows = 'en,de\none,eins\n"two\nlines, ""quoted""",zwei\n\nthree\nfour,\nfive,f\xfcnf\nsix,sechs\n'
+    (tmp_path / "a.csv").write_bytes(rows.encode("latin-1"))
+    manifest = built(tmp_path, input=(str(tmp_path / "a.csv"),), fields=("en", "de"), validation=0.0)
+    assert texts_of(manifest) == [("one", "eins"), ("six", "sechs"), ('two\nlines, "quoted"', "zwei")]
+    reasons = {reason: entry["count"] for reason, entry in manifest.skipped.items()}
+    assert reasons == {"another number of columns": 1, "empty document": 1, "not Unicode text": 1}
+    (tmp_path / "b.tsv").write_text('de\ten\n"eins\tone "\n')  # quotes mean nothing there
+    manifest = built(tmp_path / "b", input=(str(tmp_path / "b.tsv"),), fields=("en", "de"), validation=0.0)
+    assert texts_of(manifest) == [('one "', '"eins')]
+    with pytest.raises(ValueError, match=r"no field 'source' \(there is 'en', 'de'"):
+        built(tmp_path / "c", input=(str(tmp_path / "a.csv"),), fields=("source", "de"), strict=True)
 
 
 def test_blank_lines_stay_aligned(tmp_path: Path):
@@ -160,7 +183,7 @@ def test_impossible_settings(tmp_path: Path, options: dict, message: str):
 
 def test_plain_text_has_no_fields(tmp_path: Path):
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(ValueError, match="--fields reads JSON lines and Parquet"):
+    with pytest.raises(ValueError, match="--fields reads JSON lines, CSV, TSV and Parquet, and"):
         built(tmp_path, input=(str(tmp_path / "a.txt"),), fields=("s", "t"))
 
 

@@ -119,9 +119,11 @@ def test_what_is_wrong_with_other_files(tmp_path: Path):
         read_pairs([written(tmp_path, "a.en", "1\n2\n"), written(tmp_path, "a.de", "1\n\n")])
     with pytest.raises(ValueError, match="its first line has no column 'C': it has A, B"):
         read_scored([written(tmp_path, "a.tsv", "A\tB\n1\t2\n")], ("A", "B", "C"))
-    for name in ("a.tsv", "a.csv.gz"):
-        with pytest.raises(ValueError, match="name a text file"):
-            read_texts(written(tmp_path, name, "1\tone\n"))
+    with pytest.raises(ValueError, match=r"line 2: no field 'text' \(there is 'id', 'said'; choose with --field"):
+        read_texts(written(tmp_path, "a.csv.gz", "id,said\n1,one\n"))
+    with pytest.raises(ValueError, match=r"line 2: no row below the names of the columns \(1, one\)"):
+        read_texts(written(tmp_path, "a.tsv", "1\tone\n\n"))
+    assert read_texts(written(tmp_path, "a.csv.gz", "id,said\n1,one\n"), "said") == ["one"]
     with pytest.raises(ValueError, match="line 1: no FASTA header"):
         read_texts(written(tmp_path, "a.fa", "MKV\n>p1\nMKV\n"))
     with pytest.raises(ValueError, match="has 3 columns, not 2; name those of its header: --columns TEXT TEXT"):
