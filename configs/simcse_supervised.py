@@ -1,6 +1,6 @@
 """SimCSE, supervised: the vectors of BERT-Base, by what entails what and what contradicts what.
 
-    jaxpt data build DIR --input triples.jsonl --fields anchor positive negative --negatives 1 --text-tokens 30
+    jaxpt data build DIR --input nli.csv --fields sent0 sent1 hard_neg --text-tokens 30 --long-texts cut
     jaxpt train configs/simcse_supervised.py --data DIR --init-from RUN
 
 Settings as published (Gao et al. 2021, arXiv:2104.08821, and the authors' code): 275,601 triples of a premise, a
