@@ -2,7 +2,8 @@
 
 It is tested in interpret mode and lowers for CUDA, and it HAS NOT RUN ON HARDWARE yet. So the automatic choice takes
 it only after ``works_here`` has compared it with the blockwise form on the GPU at hand. JAX 0.12 says that the Triton
-backend of Pallas will go one day; then this file moves to its Mosaic GPU backend, and blockwise serves until it has.
+backend of Pallas will go one day; then this file moves to its Mosaic GPU backend, and blockwise serves until it has:
+the backend is imported where the kernel is made, so that nothing else needs it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from jaxpt.models.blockwise import HIDDEN, NOTHING
 from jaxpt.models.patterns import NO_KEY, NO_QUERY, Side, causal, fill_up, key_side, query_side, sees, tile_bounds
@@ -77,7 +77,9 @@ def _fused(
 
 
 def _dot(a: Array, b: Array) -> Array:
-    return plgpu.dot(a, b, allow_tf32=False)
+    from jax.experimental.pallas import triton
+
+    return triton.dot(a, b, allow_tf32=False)
 
 
 def _part(refs: Sequence[Any], place: Any, *, of_queries: bool) -> Side:
@@ -167,6 +169,8 @@ def _call(
     outputs: Sequence[tuple[jax.ShapeDtypeStruct, pl.BlockSpec]],
 ) -> Sequence[Array]:
     """``pallas_call`` over (tiles, rows, heads) with nested inputs."""
+    from jax.experimental.pallas import triton
+
     leaves, structure = jax.tree.flatten(inputs)
 
     def body(*refs: Any) -> None:
@@ -179,7 +183,7 @@ def _call(
         in_specs=flat_specs,
         out_specs=[spec for _, spec in outputs],
         out_shape=[shape for shape, _ in outputs],
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name=kernel.func.__name__.strip("_") if isinstance(kernel, functools.partial) else None,
     )(*leaves)

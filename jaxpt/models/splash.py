@@ -1,7 +1,7 @@
 """Attention by JAX's Splash kernel on TPU: whole segments and causal order, windows, grouped queries.
 
 Splash wants the mask while tracing, so the pattern's maker must have said its order (``AttentionPattern.order``).
-Segments stay arrays.
+Segments stay arrays. The kernel is imported where it is made: its module is experimental, and only TPUs need it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
 from jaxpt.types import Array, AttentionPattern, Everyone, RowOrder
 
@@ -40,6 +39,8 @@ def splash_kernel(
       shards: pieces into which the queries are cut.
       interpret: run it as plain JAX, for tests.
     """
+    from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+
     shape = len(queries), keys
     after = 0 if isinstance(order, RowOrder) else window
     if window is None and after is None:
@@ -72,8 +73,10 @@ def _tile(size: int) -> int:
 
 def splash(kernel: Any, query: Array, key: Array, value: Array, pattern: AttentionPattern, *, scale: float) -> Array:
     """``attend`` with a kernel of ``splash_kernel``; Args as there."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+
     heads_first = [jnp.swapaxes(x, 1, 2) for x in (query * scale, key, value)]
-    segments = kernels.SegmentIds(pattern.query_segments, pattern.key_segments)
+    segments = SegmentIds(pattern.query_segments, pattern.key_segments)
     out_RHQC = jax.vmap(kernel)(heads_first[0], heads_first[1], heads_first[2], segments)
     return jnp.swapaxes(out_RHQC, 1, 2).astype(query.dtype)
 

@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -357,3 +359,21 @@ def test_context_is_balanced_under_a_causal_pattern(context: int):
     np.testing.assert_array_equal(np.sort(places), np.arange(64))
     work = (places + 1).reshape(context, -1).sum(1)  # keys that a causal query sees
     assert (work == work[0]).all()
+
+
+WITHOUT_KERNELS = """
+import sys
+
+class Gone:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith(("jax.experimental.pallas.triton", "jax.experimental.pallas.ops")):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Gone())
+import jaxpt.train
+"""
+
+
+def test_no_experimental_kernel_is_imported_before_it_is_used():
+    """A JAX that has moved one of them harms those alone whom it serves."""
+    subprocess.run([sys.executable, "-c", WITHOUT_KERNELS], check=True)
