@@ -232,6 +232,7 @@ def test_phases_grow_rows_and_batches(grown: Path):
     assert all(line["tokens_per_second"] > 0 and 0 < line["mfu"] < 10 for line in whole if "loss" in line)
 
 
+@pytest.mark.filterwarnings("ignore:builtin type event_stats")  # jaxlib's own, on Python 3.12
 @pytest.mark.parametrize("stop", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_a_killed_run_goes_on_across_phases_and_a_trace_changes_nothing(
     grown: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, stop: int
