@@ -499,6 +499,8 @@ def open_trained(run: str, step: int | None = None, known: tuple[type, ...] = ()
     """
     config = configuration.load(Path(run) / "config.json", known)
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
+    if not (Path(run) / "vocab").is_dir():
+        raise ValueError(f"{run} lacks vocab/, the tokenizer that `jaxpt train` keeps there: copy the run whole")
     tokenizer = Manifest.load(Path(run) / "vocab")
     vocab = tokenizer.load_vocab()
     with jax.set_mesh(mesh), Checkpoints(Path(run) / "checkpoints") as store:

@@ -226,7 +226,7 @@ def columns_of(lines: Iterable[str], format: Format) -> Iterator[tuple[str, list
       format: "csv", where a quoted column may hold line ends, or "tsv", where quotes mean nothing.
 
     Raises:
-      csv.Error: what cannot be CSV.
+      csv.Error: what cannot be CSV, as a quote that is never closed.
 
     >>> list(columns_of(['one,"two, three"'], "csv"))
     [('line 1', ['one', 'two, three'])]
@@ -236,7 +236,7 @@ def columns_of(lines: Iterable[str], format: Format) -> Iterator[tuple[str, list
             yield f"line {number}", line.removesuffix("\n").removesuffix("\r").split("\t")
         return
     csv.field_size_limit(LONGEST_COLUMN)
-    reader = csv.reader(lines)
+    reader = csv.reader(lines, strict=True)  # else a quote that is never closed swallows the rest without a word
     for values in reader:
         yield f"line {reader.line_num}", values
 
@@ -263,7 +263,7 @@ def _read_table(stream: IO[bytes], piece: Piece, field: Field) -> Iterator[Item]
         if names and not below:
             yield Problem(where, "no row below the names of the columns", ", ".join(names))
     except csv.Error as error:
-        yield Problem(f"after {where}", "not CSV", str(error))
+        yield Problem(f"after {where}", "not CSV, nothing more is read", str(error))
     except DAMAGE as error:
         yield Problem(f"after {where}", "truncated or damaged archive", str(error))
 

@@ -99,6 +99,10 @@ def test_what_is_wrong_with_a_table_is_counted_and_the_rest_is_read(tmp_path: Pa
     assert texts_of(manifest) == [("one", "eins"), ("six", "sechs"), ('two\nlines, "quoted"', "zwei")]
     reasons = {reason: entry["count"] for reason, entry in manifest.skipped.items()}
     assert reasons == {"another number of columns": 1, "empty document": 1, "not Unicode text": 1}
+    (tmp_path / "open.csv").write_text('en,de\none,eins\n"two,zwei\nthree,drei\n')
+    manifest = built(tmp_path / "open", input=(str(tmp_path / "open.csv"),), fields=("en", "de"), validation=0.0)
+    assert manifest.skipped["not CSV, nothing more is read"]["count"] == 1
+    assert "after line 2" in str(manifest.skipped)
     (tmp_path / "b.tsv").write_text('de\ten\n"eins\tone "\n')  # quotes mean nothing there
     manifest = built(tmp_path / "b", input=(str(tmp_path / "b.tsv"),), fields=("en", "de"), validation=0.0)
     assert texts_of(manifest) == [('one "', '"eins')]

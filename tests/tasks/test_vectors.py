@@ -236,6 +236,9 @@ def test_the_data_of_a_run_are_not_needed_afterwards(run: Path, tmp_path: Path, 
         assert f"{data} holds no finished data build" in capsys.readouterr().err.replace("\n", " ")
         assert command("evaluate", tmp_path / "run", "--data", other) == 2
         assert "were built with different tokenizers" in capsys.readouterr().err
+        shutil.rmtree(tmp_path / "run" / "vocab")
+        assert command("embed", tmp_path / "run", *ask, tmp_path / "c.npy") == 2
+        assert "lacks vocab/, the tokenizer" in capsys.readouterr().err
         with pytest.raises(ValueError, match="has no documents"):
             train(RunConfig(SimCSE(encoder=NETWORK), (str(run / "run" / "vocab"),), out=str(tmp_path / "new")))
     finally:
